@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused operations for video diffusion transformers.
+
+Importing this package loads neither the compiled extension nor Triton: both are loaded by the
+first call that needs them, so an unusable backend never breaks an import.
+"""
+
+from disca_kernels._version import __version__
+from disca_kernels.backend import Backend, BackendError, resolve, use_backend, why_not
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "__version__",
+    "resolve",
+    "use_backend",
+    "why_not",
+]
