@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eager specification of adaptive layer-norm modulation: value, tangent and gradient."""
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a tensor of `dtype` is normalised: float64 stays, all else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _per_token(modulation: Tensor, dtype: torch.dtype) -> Tensor:
+    """Widen a modulation and give a per-sample one the token dimension that broadcasts."""
+    wide = modulation.to(dtype)
+    return wide.unsqueeze(1) if wide.ndim == 2 else wide
+
+
+def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the normalised rows [B, N, C] and the reciprocal standard deviations [B, N, 1]."""
+    centred = x - x.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return centred * rstd, rstd
+
+
+def adaln_modulate_reference(
+    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
+) -> Tensor:
+    """Compute `y = LN(x) * (1 + scale) + shift` in plain PyTorch.
+
+    Differentiable any number of times, in both modes. It computes in float32 (float64 inputs: in
+    float64) and casts once, at the end.
+
+    Args:
+        x: [B, N, C] tokens.
+        shift: [B, C] (one row per sample) or [B, N, C] (one row per token).
+        scale: same shape and dtype as `shift`.
+        eps: added to the variance.
+
+    Returns:
+        [B, N, C] in the dtype of `x`.
+    """
+    wide = compute_dtype(x.dtype)
+    x_hat, _ = _normalise(x.to(wide), eps)
+    y = x_hat * (1.0 + _per_token(scale, wide)) + _per_token(shift, wide)
+    return y.to(x.dtype)
+
+
+def adaln_modulate_jvp_reference(
+    primals: tuple[Tensor, Tensor, Tensor],
+    tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
+    *,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Compute the value and, by the closed formula, its directional derivative.
+
+    With `x_hat = LN(x)` and `rstd` the reciprocal standard deviation of a row,
+
+        x_hat_dot = rstd * (x_dot - mean(x_dot) - x_hat * mean(x_hat * x_dot))
+        y_dot = x_hat_dot * (1 + scale) + x_hat * scale_dot + shift_dot
+
+    Args:
+        primals: `(x, shift, scale)` as in `adaln_modulate_reference`.
+        tangents: `(x_dot, shift_dot, scale_dot)`, each of its primal's shape, or None for zero.
+        eps: added to the variance.
+
+    Returns:
+        `(y, y_dot)`, both [B, N, C] in the dtype of `x`.
+    """
+    x, shift, scale = primals
+    x_dot, shift_dot, scale_dot = tangents
+    wide = compute_dtype(x.dtype)
+    x_hat, rstd = _normalise(x.to(wide), eps)
+    gain = 1.0 + _per_token(scale, wide)
+    y = x_hat * gain + _per_token(shift, wide)
+    y_dot = torch.zeros_like(y)
+    if x_dot is not None:
+        wide_dot = x_dot.to(wide)
+        mean_dot = wide_dot.mean(-1, keepdim=True)
+        correlation = (x_hat * wide_dot).mean(-1, keepdim=True)
+        y_dot = y_dot + rstd * (wide_dot - mean_dot - x_hat * correlation) * gain
+    if scale_dot is not None:
+        y_dot = y_dot + x_hat * _per_token(scale_dot, wide)
+    if shift_dot is not None:
+        y_dot = y_dot + _per_token(shift_dot, wide)
+    return y.to(x.dtype), y_dot.to(x.dtype)
