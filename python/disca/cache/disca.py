@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DisCa: a small learned network predicts the tokens of the skipped steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from disca.cache.policy import OneTensorCache
+from disca.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from disca.models.host import State
+
+__all__ = ["LearnedPredictor"]
+
+
+class LearnedPredictor(OneTensorCache):
+    """Asks a predictor for the tokens of the skipped steps (DisCa, Eq. 5, arXiv 2602.05449).
+
+    ``tokens = P(state, cache)``: the predictor sees the current step's embedded latents, text and
+    modulation, and the tokens of the last full step. The host's own head turns the result into a
+    velocity.
+
+    Args:
+        predictor: maps the embedded state and the cache [B, N, C] to tokens [B, N, C].
+        full_steps: the steps, counted from 0, that run the whole host; step 0 among them.
+        allow_idle: accept a list in which every step is full.
+    """
+
+    name = "disca"
+
+    def __init__(
+        self,
+        predictor: Callable[[State, Tensor], Tensor],
+        full_steps: Sequence[int],
+        *,
+        allow_idle: bool = False,
+    ) -> None:
+        super().__init__(full_steps, allow_idle=allow_idle)
+        self.predictor = predictor
+
+    def replay(self, state: State, cache: Tensor) -> Tensor:
+        """Return the predicted tokens [B, N, C].
+
+        Raises:
+            UserError: the predictor's output does not have the cache's shape.
+        """
+        tokens = self.predictor(state, cache)
+        if tokens.shape != cache.shape:
+            raise UserError(
+                f"the predictor returned tokens {list(tokens.shape)}, "
+                f"the host's are {list(cache.shape)}: it was made for another host"
+            )
+        return tokens

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cache policies and the sampler over them, on a host small enough to compute by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from disca.cache import CacheReport, Decision, LearnedPredictor, NoCache, Reuse
+from disca.errors import UserError
+from disca.sample import cached_sample, disca_sample, flow_shift_schedule, mean_velocity
+
+SCHEDULE = flow_shift_schedule(20)
+N4 = [0, 1, 2, 5, 9, 13, 17, 19]
+
+
+@dataclass(frozen=True)
+class ToyState:
+    tokens: Tensor
+    t: Tensor
+    r: Tensor | None
+    log: str
+
+
+class ToyHost:
+    """A host whose tokens are the pixels: embed copies, run takes a tanh, head scales by time."""
+
+    def __init__(self, *, mean_flow: bool = True) -> None:
+        self.mean_flow = mean_flow
+        self.calls: list[str] = []
+
+    def embed(self, x, t, r, cond):
+        assert (r is None) is not self.mean_flow
+        self.calls.append("embed")
+        return ToyState(x.flatten(1).unsqueeze(-1), t, r, "embedded")
+
+    def run(self, state, start=0, stop=None):
+        self.calls.append("run")
+        tokens = torch.tanh(state.tokens * (1 + state.t.view(-1, 1, 1)))
+        return ToyState(tokens, state.t, state.r, "run")
+
+    def head(self, state):
+        self.calls.append("head")
+        end = 0 if state.r is None else state.r.view(-1, 1, 1)
+        return (state.tokens * (1 + end)).view(-1, 1, 2, 3, 3)
+
+    def forward(self, x, t, r=None):
+        return self.head(self.run(self.embed(x, t, r if self.mean_flow else None, None)))
+
+
+class SpyPredictor:
+    def __init__(self) -> None:
+        self.calls: list[tuple[ToyState, Tensor]] = []
+
+    def __call__(self, state, cache):
+        self.calls.append((state, cache))
+        return 0.25 * state.tokens + 0.75 * cache
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 1, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("mean_flow", [True, False])
+def test_all_full_equals_mean_velocity(x, mean_flow):
+    """With every step full the cached sampler is the plain one, bit for bit."""
+    host, spy = ToyHost(mean_flow=mean_flow), SpyPredictor()
+    result = disca_sample(host, spy, x, SCHEDULE, None, "all", allow_idle=True)
+    plain = mean_velocity(host.forward, x, SCHEDULE)
+    assert torch.equal(result.x, plain)
+    assert torch.equal(cached_sample(host, NoCache(), x, SCHEDULE, None).x, plain)
+    assert spy.calls == []
+    assert (result.full_passes, result.predictor_passes) == (20, 0)
+
+
+def test_predictor_runs_at_the_other_steps_with_the_last_full_tokens(x):
+    host, spy = ToyHost(), SpyPredictor()
+    steps = []
+    result = disca_sample(
+        host, spy, x, SCHEDULE, None, "n4", callback=steps.append, trajectory=True
+    )
+    assert [step.index for step in steps if step.full] == N4
+    assert (result.full_passes, result.predictor_passes) == (8, 12)
+
+    inputs = [x, *result.trajectory[:-1]]
+    skipped = [i for i in range(20) if i not in N4]
+    for i, (state, cache) in zip(skipped, spy.calls, strict=True):
+        assert torch.equal(state.tokens, inputs[i].flatten(1).unsqueeze(-1))
+        assert torch.equal(state.t, SCHEDULE[i].expand(4))
+        assert torch.equal(state.r, SCHEDULE[i + 1].expand(4))
+        assert state.log == "embedded"
+        full = max(step for step in N4 if step < i)
+        expected = torch.tanh(inputs[full].flatten(1).unsqueeze(-1) * (1 + SCHEDULE[full]))
+        assert torch.equal(cache, expected)
+
+
+def test_embedders_and_head_run_at_every_step(x):
+    host = ToyHost()
+    disca_sample(host, SpyPredictor(), x, SCHEDULE, None, "n4")
+    assert host.calls.count("embed") == host.calls.count("head") == 20
+    assert host.calls.count("run") == 8
+
+
+def test_by_hand(x):
+    """Two steps, the second reused: the head still sees the new times."""
+    schedule = torch.tensor([1.0, 0.5, 0.0])
+    result = cached_sample(ToyHost(), Reuse([0]), x, schedule, None, trajectory=True)
+    tokens = torch.tanh(x * 2)
+    first = x - 0.5 * tokens * 1.5
+    assert torch.equal(result.trajectory[0], first)
+    assert torch.equal(result.x, first - 0.5 * tokens)
+
+
+def test_cache_is_one_detached_tensor(x):
+    class Learning(ToyHost):
+        weight = torch.ones((), requires_grad=True)
+
+        def run(self, state, start=0, stop=None):
+            with torch.enable_grad():
+                state = super().run(state)
+                return ToyState(state.tokens * self.weight, state.t, state.r, state.log)
+
+    spy = SpyPredictor()
+    result = disca_sample(Learning(), spy, x, SCHEDULE, None, "n4")
+    assert all(not cache.requires_grad for _, cache in spy.calls)
+    assert result.cache_bytes == 4 * 18 * 1 * 4  # B * N * C * sizeof(float32)
+    assert len({cache.data_ptr() for _, cache in spy.calls}) <= len(N4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cache_bytes(x, dtype):
+    result = cached_sample(ToyHost(), Reuse(N4), x.to(dtype), SCHEDULE.to(dtype), None)
+    assert result.cache_bytes == x.numel() * dtype.itemsize
+    assert cached_sample(ToyHost(), NoCache(), x, SCHEDULE, None).cache_bytes == 0
+
+
+def test_report_and_reset(x):
+    policy = Reuse(N4)
+    for _ in range(2):  # nothing of the first run is left in the second
+        cached_sample(ToyHost(), policy, x, SCHEDULE, None)
+        bytes_ = x.numel() * 4
+        assert policy.report() == CacheReport("reuse", ("tokens before the head",), 8, 12, bytes_)
+    policy.reset(ToyHost(), 20)
+    assert policy.cache is None
+    assert policy.report() == CacheReport("reuse", ("tokens before the head",), 0, 0, 0)
+
+
+def test_skip_before_compute(x):
+    policy, host = Reuse([0]), ToyHost()
+    policy.reset(host, 2)
+    state = host.embed(x, SCHEDULE[:1].expand(4), SCHEDULE[1:2].expand(4), None)
+    assert policy.step(1, state) is Decision.SKIP
+    with pytest.raises(UserError, match="compute a step before"):
+        policy.skip(host, state)
+
+
+@pytest.mark.parametrize("policy", [Reuse(range(20)), LearnedPredictor(SpyPredictor(), range(20))])
+def test_rejects_a_policy_that_cannot_skip(x, policy):
+    with pytest.raises(UserError, match="would skip nothing: all 20 steps are full"):
+        cached_sample(ToyHost(), policy, x, SCHEDULE, None)
+
+
+@pytest.mark.parametrize("full", [[], [1, 2], [0, 20], [0, -1]])
+def test_rejects_full_steps_that_do_not_fit(x, full):
+    with pytest.raises(UserError, match="full steps from 0 to 19 with step 0 among them"):
+        cached_sample(ToyHost(), Reuse(full), x, SCHEDULE, None)
+
+
+@pytest.mark.parametrize(("hooked", "computed", "skipped"), [(("x",), 20, 0), ((), 8, 12)])
+def test_rejects_an_adaptive_policy_that_did_nothing(x, hooked, computed, skipped):
+    class Inert(NoCache):
+        name = "inert"
+        idle_ok = False
+
+        def report(self):
+            return CacheReport(self.name, hooked, computed, skipped, 0)
+
+    with pytest.raises(UserError, match=r"policy .inert. hooked . parts .* changed nothing"):
+        cached_sample(ToyHost(), Inert(), x, SCHEDULE, None)
+
+
+def test_rejects_a_predictor_of_another_host(x):
+    with pytest.raises(UserError, match=r"returned tokens \[4, 17, 1\], the host's are"):
+        disca_sample(ToyHost(), lambda state, cache: cache[:, 1:], x, SCHEDULE, None, "n4")
+
+
+def test_list_for_another_schedule(x):
+    with pytest.raises(UserError, match="'n4' is for 20 steps, got 10"):
+        disca_sample(ToyHost(), SpyPredictor(), x, flow_shift_schedule(10), None, "n4")
