@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Error budgets: a kernel may be at most about twice as wrong as eager PyTorch in the same dtype."""
+"""Error budgets: a kernel may be about twice as wrong as eager PyTorch in the same dtype."""
 
 from typing import NamedTuple
 
@@ -97,7 +97,8 @@ def assert_within_budget(
         raise AssertionError(
             f"{name}: rms error {rms_error:.3e} is above its budget {rms_allowed:.3e} = {factor:g} "
             f"x eager rms error {rms_eager:.3e} + one {actual.dtype} rounding of rms value "
-            f"{rms_reference:.3e}; mean error {error.sum().item() / count:+.3e} over {count} elements"
+            f"{rms_reference:.3e}; mean error {error.sum().item() / count:+.3e} over {count} "
+            "elements"
         )
     closest = int((error.abs() / allowed).argmax())
     return Budget(

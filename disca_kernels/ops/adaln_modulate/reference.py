@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a tensor of `dtype` is normalised: float64 stays, all else is float32."""
+    """Return the dtype used inside for tensors of `dtype`: float64 stays, all else is float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
