@@ -7,11 +7,14 @@ first call that needs them, so an unusable backend never breaks an import.
 
 from disca_kernels._version import __version__
 from disca_kernels.backend import Backend, BackendError, resolve, use_backend, why_not
+from disca_kernels.ops.adaln_modulate import adaln_modulate, adaln_modulate_jvp
 
 __all__ = [
     "Backend",
     "BackendError",
     "__version__",
+    "adaln_modulate",
+    "adaln_modulate_jvp",
     "resolve",
     "use_backend",
     "why_not",
