@@ -8,6 +8,8 @@ first call that needs them, so an unusable backend never breaks an import.
 from disca_kernels._version import __version__
 from disca_kernels.backend import Backend, BackendError, resolve, use_backend, why_not
 from disca_kernels.ops.adaln_modulate import adaln_modulate, adaln_modulate_jvp
+from disca_kernels.ops.attention import attention, attention_jvp
+from disca_kernels.ops.timestep_features import timestep_features, timestep_features_jvp
 
 __all__ = [
     "Backend",
@@ -15,7 +17,11 @@ __all__ = [
     "__version__",
     "adaln_modulate",
     "adaln_modulate_jvp",
+    "attention",
+    "attention_jvp",
     "resolve",
+    "timestep_features",
+    "timestep_features_jvp",
     "use_backend",
     "why_not",
 ]
