@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// The module disca_kernels._C. Operations take addresses, sizes, strides and a stream handle as
+// integers, so that one binary works with every version of torch.
+
+#include <pybind11/pybind11.h>
+
+#include "adaln_modulate/adaln_modulate.h"
+#include "common/checks.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return disca::concat("clang ", __clang_version__);
+#elif defined(__GNUC__)
+  return disca::concat("gcc ", __VERSION__);
+#else
+  return "unknown";
+#endif
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = DISCA_VERSION;
+  info["compiler"] = compiler();
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+#if defined(DISCA_HAS_TARGET_CLONES)
+  info["cpu_targets"] = "x86-64-v4, x86-64-v3, x86-64";
+#else
+  info["cpu_targets"] = "baseline";
+#endif
+#if defined(DISCA_WITH_CUDA)
+  info["cuda"] = true;
+  info["cuda_version"] = DISCA_CUDA_VERSION;
+  info["cuda_architectures"] = DISCA_CUDA_ARCHITECTURES;
+#else
+  info["cuda"] = false;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled operations of disca_kernels; use them through disca_kernels.ops.";
+  m.def("build_info", &build_info, "What this binary was built from and for.");
+  disca::register_adaln_modulate(m);
+}
