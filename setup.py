@@ -99,13 +99,15 @@ class CMakeBuild(build_ext):
             configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
         # A cache from another toolchain or from a deleted build environment misleads CMake.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
-        for command in (configure, [cmake, "--build", str(build), "--target", "install"]):
+        compile_and_copy = [cmake, "--build", str(build), "--target", "install"]
+        for step, command in (("configuration", configure), ("compilation", compile_and_copy)):
             if subprocess.run(command, check=False).returncode:
+                toolchain = f"C++ compiler {compiler}" + (f", nvcc {nvcc}" if nvcc else "")
                 raise fail(
-                    f"`{' '.join(command)}` failed; its messages are above.",
+                    f"its {step} failed ({toolchain}); the reason is above.",
                     "DISCA_CUDA=0 builds the CPU part alone."
                     if nvcc
-                    else f"The compiler was {compiler}; it must understand C++17.",
+                    else "The compiler must understand C++17; CXX names another one.",
                 )
 
 
