@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Video diffusion transformers, the cache predictor and the discriminator."""
+
+from disca.models.condition import Condition
+from disca.models.configs import DiTConfig, hunyuan_video_1_0, hunyuan_video_1_5
+from disca.models.dit import DiT
+from disca.models.host import Block, Host
+from disca.models.state import State
+
+__all__ = [
+    "Block",
+    "Condition",
+    "DiT",
+    "DiTConfig",
+    "Host",
+    "State",
+    "hunyuan_video_1_0",
+    "hunyuan_video_1_5",
+]

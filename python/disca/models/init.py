@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Initial weights of a video DiT."""
+
+from torch import Tensor, nn
+
+from disca.models.blocks import DoubleBlock, FinalLayer, Modulation, SingleBlock
+from disca.models.embedders import PatchEmbed, TextRefiner, TimeEmbedder, VectorEmbedder
+
+__all__ = ["initialise", "zero_linear"]
+
+
+def initialise(model: nn.Module, latent_channels: int) -> None:
+    """Initialise for training from scratch, as DiT does.
+
+    Linear layers are Xavier-uniform with zero bias, each part of a fused projection on its own. Every modulation,
+    every gate and the output layer start at zero, so that each block starts as the identity.
+
+    Args:
+        model: the model; modules of this package are known by their class.
+        latent_channels: input channels of the noisy latent; further (conditioning) channels start at zero.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            _xavier(module.weight)
+            nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, TimeEmbedder | VectorEmbedder):
+            _initialise_embedder(module)
+        elif isinstance(module, Modulation):
+            zero_linear(module.linear)
+        elif isinstance(module, FinalLayer):
+            zero_linear(module.linear)
+            zero_linear(module.adaLN_modulation[1])
+        elif isinstance(module, PatchEmbed):
+            _initialise_patches(module, latent_channels)
+        elif isinstance(module, SingleBlock):
+            _initialise_fused(module)
+        elif isinstance(module, DoubleBlock) and not module.split_qkv:
+            for stream in ("img", "txt"):
+                for part in getattr(module, f"{stream}_attn_qkv").weight.chunk(3):
+                    _xavier(part)
+        elif isinstance(module, TextRefiner):
+            for block in module.individual_token_refiner.blocks:
+                zero_linear(block.adaLN_modulation[1])  # type: ignore[index, union-attr]
+
+
+def zero_linear(layer: nn.Module) -> None:
+    """Set weight and bias of a linear layer to zero."""
+    assert isinstance(layer, nn.Linear)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+def _xavier(weight: Tensor) -> None:
+    nn.init.xavier_uniform_(weight.detach())
+
+
+def _initialise_embedder(module: TimeEmbedder | VectorEmbedder) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.02)
+
+
+def _initialise_patches(module: PatchEmbed, latent_channels: int) -> None:
+    weight = module.proj.weight
+    nn.init.zeros_(weight)
+    _xavier(weight[:, :latent_channels].flatten(1))
+    assert module.proj.bias is not None
+    nn.init.zeros_(module.proj.bias)
+
+
+def _initialise_fused(block: SingleBlock) -> None:
+    hidden = block.hidden
+    for part in block.linear1.weight[: 3 * hidden].chunk(3):
+        _xavier(part)
+    _xavier(block.linear1.weight[3 * hidden :])
+    _xavier(block.linear2.weight[:, :hidden])
+    _xavier(block.linear2.weight[:, hidden:])
