@@ -5,7 +5,7 @@ __all__ = ["UserError"]
 
 
 class UserError(ValueError):
-    """Something the user asked for cannot be done; the message says what was expected and what came.
+    """What the user asked for cannot be done; the message says what was expected and what came.
 
     The command line prints it without a traceback and exits with code 2.
     """

@@ -32,7 +32,8 @@ class Modulation(nn.Module):
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
         """Map vec [B, C] to `parts` tensors [B, C]."""
-        return self.linear(F.silu(vec)).chunk(self.parts, dim=-1)
+        out: Tensor = self.linear(F.silu(vec))
+        return out.chunk(self.parts, dim=-1)
 
 
 class HeadNorm(nn.Module):
@@ -60,7 +61,7 @@ class Mlp(nn.Module):
 
 
 def _gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """x + gate * update with one gate [B, C] per row."""
+    """Add a gated update: x + gate * update, one gate [B, C] per row."""
     return torch.addcmul(x, gate.unsqueeze(1), update)
 
 
@@ -73,7 +74,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kv_lengths: Tensor) -> Tensor:
 class SingleBlock(nn.Module):
     """Attention and MLP side by side over video and text tokens with shared weights.
 
-    `x + gate * linear2([attention(q, k, v), gelu(m)])` with `[q, k, v, m] = linear1(modulate(LN(x)))`.
+    `x + gate * linear2([attention(q, k, v), gelu(m)])`, where
+    `[q, k, v, m] = linear1(adaln_modulate(x, shift, scale))`.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -96,7 +98,7 @@ class SingleBlock(nn.Module):
         return state.with_tokens(_gated(state.tokens, gate, update))
 
     def attention(self, state: State) -> Tensor:
-        """Return attention's share of the update before the gate [B, N, C], without the output bias."""
+        """Return attention's share of the update before the gate [B, N, C], without bias."""
         shift, scale, _ = self.modulation(state.vec)
         rows = 3 * self.hidden
         x = adaln_modulate(state.tokens, shift, scale)
@@ -104,7 +106,7 @@ class SingleBlock(nn.Module):
         return F.linear(self._attended(qkv, state), self.linear2.weight[:, : self.hidden])
 
     def mlp(self, state: State) -> Tensor:
-        """Return the MLP's share of the update before the gate [B, N, C], with the output bias."""
+        """Return the MLP's share of the update before the gate [B, N, C], with the bias."""
         shift, scale, _ = self.modulation(state.vec)
         rows = 3 * self.hidden
         x = adaln_modulate(state.tokens, shift, scale)
@@ -115,7 +117,7 @@ class SingleBlock(nn.Module):
     def combine(
         self, state: State, *, attention: Tensor | None = None, mlp: Tensor | None = None
     ) -> State:
-        """Add outputs of `attention` and `mlp` through the current gate; both of one state make `forward`."""
+        """Add outputs of `attention` and `mlp`, taken of one state, through the current gate."""
         _, _, gate = self.modulation(state.vec)
         tokens = state.tokens
         for update in (attention, mlp):
@@ -124,7 +126,7 @@ class SingleBlock(nn.Module):
         return state.with_tokens(tokens)
 
     def _attended(self, qkv: Tensor, state: State) -> Tensor:
-        qkv = qkv.unflatten(-1, (3, self.heads, -1))
+        qkv = qkv.view(*qkv.shape[:2], 3, self.heads, -1)
         weight = torch.stack((self.q_norm.weight, self.k_norm.weight))
         q, k = normalise_and_rotate(qkv[:, :, :2], weight, state.rope).unbind(2)
         return _attend(q, k, qkv[:, :, 2], state.kv_lengths)
@@ -166,7 +168,7 @@ class DoubleBlock(nn.Module):
         return torch.cat(self._attention(state, modulations), dim=1)
 
     def mlp(self, state: State) -> Tensor:
-        """Return both streams' MLP updates before the gates, joined; `state` already holds the attention update."""
+        """Return both streams' MLP updates before the gates, joined, of a state after attention."""
         modulations = [self._part(stream, "mod")(state.vec) for stream in _STREAMS]
         return torch.cat(self._mlp(state, modulations), dim=1)
 
@@ -195,8 +197,8 @@ class DoubleBlock(nn.Module):
         q, k, v = self._project("img", adaln_modulate(state.video, shift, scale), turn)
         shift, scale = modulations[1][:2]
         text = self._project("txt", adaln_modulate(state.text, shift, scale), None)
-        joined = (torch.cat(pair, dim=1) for pair in zip((q, k, v), text, strict=True))
-        out = _attend(*joined, state.kv_lengths)
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip((q, k, v), text, strict=True))
+        out = _attend(q, k, v, state.kv_lengths)
         halves = (out[:, : state.n_video], out[:, state.n_video :])
         return [
             self._part(stream, "attn_proj")(half)

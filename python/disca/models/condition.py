@@ -21,20 +21,21 @@ _TOKENS = ("text", "glyph")
 class Condition:
     """Everything besides the latent and the times that a model reads; B is the batch size.
 
-    Padding sits at the end of each row of `text`: row b holds `text_lengths[b]` real tokens. What the padding
-    contains never reaches the output.
+    Padding sits at the end of each row of `text`: row b holds `text_lengths[b]` real tokens. What
+    the padding contains never reaches the output.
 
     Attributes:
         text: text features [B, L, text_dim].
         text_lengths: number of real text tokens [B], int64, each in [0, L].
         pooled: one vector for the whole prompt [B, pooled_dim], for models with `vector_in`.
         guidance: guidance scale g [B] for models with `guidance_in`; the model multiplies by 1000.
-        latents: further input channels [B, C', F, H, W] that the model concatenates behind the noisy latent
-            (HunyuanVideo-1.5: 32 channels of the conditioning latent and one mask channel).
+        latents: further input channels [B, C', F, H, W] that the model concatenates behind the
+            noisy latent (HunyuanVideo-1.5: 32 channels of the conditioning latent and one mask
+            channel).
         glyph: byT5 features of the text to draw [B, L', glyph_dim] (HunyuanVideo-1.5).
         glyph_lengths: number of real glyph tokens [B], int64.
-        image: vision features of a conditioning image [B, L'', image_dim] (HunyuanVideo-1.5); None for
-            text-to-video.
+        image: vision features of a conditioning image [B, L'', image_dim] (HunyuanVideo-1.5); None
+            for text-to-video.
     """
 
     text: Tensor
@@ -73,7 +74,8 @@ class Condition:
         """Replace the guidance scale.
 
         Args:
-            guidance: one scale for every row, a tensor [B], or None for a model without guidance embedder.
+            guidance: one scale for every row, a tensor [B], or None for a model without guidance
+                embedder.
 
         Returns:
             A new condition that shares the other tensors.

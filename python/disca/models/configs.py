@@ -16,7 +16,8 @@ class DiTConfig:
     """Shape of a `DiT`.
 
     Attributes:
-        in_channels: channels that `img_in` reads: the latent and, where a model has them, conditioning channels.
+        in_channels: channels that `img_in` reads: the latent and, where a model has them,
+            conditioning channels.
         out_channels: channels of the velocity and of the latent.
         patch: frames, rows and columns of one patch.
         hidden: token width C.
@@ -24,19 +25,22 @@ class DiTConfig:
         double_blocks: blocks with separate weights for video and text.
         single_blocks: blocks with shared weights, after the double ones.
         mlp_ratio: MLP width over `hidden`.
-        rope_dims: even head-dimension shares of the frame, row and column angle; they sum to the head dimension.
+        rope_dims: even head-dimension shares of the frame, row and column angle; they sum to the
+            head dimension.
         rope_theta: base of the rotary frequencies.
         text_dim: width of the text features.
         text_refiner_depth: blocks of the text refiner; 0 replaces it by one linear layer.
         pooled_dim: width of the pooled prompt vector; None for a model without `vector_in`.
         guidance_embed: whether the guidance scale is an input.
         mean_flow: whether the end time r is an input, which makes the output an average velocity.
-        time_reduction: how the embeddings of t and r are joined: "sum" (HunyuanVideo-1.5) or "mean" (1.0).
+        time_reduction: how the embeddings of t and r are joined: "sum" (HunyuanVideo-1.5) or "mean"
+            (1.0).
         time_features: number of sinusoidal time features, even.
         time_scale: factor on times and guidance before the sinusoids.
-        time_tangent_width: half-width h of the band limit on the tangent of the time features; 0 is exact. See
-            `disca_kernels.timestep_features`.
-        split_qkv: separate q, k and v projections in double blocks (HunyuanVideo-1.5) instead of one.
+        time_tangent_width: half-width h of the band limit on the tangent of the time features; 0 is
+            exact. See `disca_kernels.timestep_features`.
+        split_qkv: separate q, k and v projections in double blocks (HunyuanVideo-1.5) instead of
+            one.
         glyph_dim: width of byT5 glyph features; None for a model without them.
         image_dim: width of image features; None for a model without them.
     """
@@ -99,8 +103,8 @@ class DiTConfig:
             or sum(self.rope_dims) != self.head_dim
         ):
             raise UserError(
-                f"rope_dims must be three even numbers that sum to hidden // heads = {self.head_dim}, "
-                f"got {list(self.rope_dims)} with sum {sum(self.rope_dims)}"
+                f"rope_dims must be three even numbers that sum to hidden // heads = "
+                f"{self.head_dim}, got {list(self.rope_dims)} with sum {sum(self.rope_dims)}"
             )
         if self.time_features % 2:
             raise UserError(f"time_features must be even, got {self.time_features}")
@@ -108,7 +112,8 @@ class DiTConfig:
             raise UserError(f'time_reduction must be "sum" or "mean", got {self.time_reduction!r}')
         if self.in_channels < self.out_channels:
             raise UserError(
-                f"in_channels counts the latent's out_channels too: got {self.in_channels} < {self.out_channels}"
+                f"in_channels counts the latent's out_channels too: got {self.in_channels} < "
+                f"{self.out_channels}"
             )
 
     @property
@@ -145,7 +150,8 @@ class DiTConfig:
             The checked configuration.
 
         Raises:
-            UserError: for a name that is no field (the nearest one is suggested) or a value that does not fit.
+            UserError: for a name that is no field (the nearest one is suggested) or a value that
+                does not fit.
         """
         known = [field.name for field in fields(cls)]
         for name in values:
@@ -177,7 +183,8 @@ def hunyuan_video_1_0(*, guidance_embed: bool = True, mean_flow: bool = False) -
 def hunyuan_video_1_5(*, mean_flow: bool = False) -> DiTConfig:
     """Return the shape of HunyuanVideo-1.5.
 
-    Its 65 input channels are 32 of the latent, 32 of the conditioning latent and one mask (`Condition.latents`).
+    Its 65 input channels are 32 of the latent, 32 of the conditioning latent and one mask
+    (`Condition.latents`).
 
     Args:
         mean_flow: with the r-embedder of the step-distilled weights, summed with the t-embedder.

@@ -35,24 +35,29 @@ _GLYPH_INNER = 2048
 class DiT(nn.Module):
     """Video diffusion transformer: velocity v(x_t, t) or average velocity u(x_t, r, t).
 
-    Patches of the latent and text tokens pass through double-stream blocks and then single-stream blocks, each modulated by
+    Patches of the latent and text tokens pass through double-stream blocks and then single-stream
+    blocks, each modulated by
 
         vec = time(t) [+ time_r(r)] + pooled(prompt) + guidance(1000 g)
 
-    (with `time_reduction="mean"` the two time embeddings are averaged). Video tokens come first and carry 3-D rotary
-    positions; text padding is masked out of attention. Time 1 is noise, time 0 is data, a step goes from t to r <= t.
+    (with `time_reduction="mean"` the two time embeddings are averaged). Video tokens come first and
+    carry 3-D rotary positions; text padding is masked out of attention. Time 1 is noise, time 0 is
+    data, a step goes from t to r <= t.
 
-    Works unchanged in plain mode, under `torch.func.jvp`, under `disca_kernels.dual.jvp`, under autocast and under
-    `torch.compile`. Parameter names are those of the released HunyuanVideo-1.0 and 1.5 files.
+    Works unchanged in plain mode, under `torch.func.jvp`, under `disca_kernels.dual.jvp`, under
+    autocast and under `torch.compile`. Parameter names are those of the released HunyuanVideo-1.0
+    and 1.5 files.
 
-        model = DiT(DiTConfig(in_channels=1, out_channels=1, patch=(2, 4, 4), hidden=96, heads=4, rope_dims=(8, 8, 8),
-                              double_blocks=2, single_blocks=10, text_dim=32, text_refiner_depth=0, pooled_dim=32))
+        model = DiT(DiTConfig(in_channels=1, out_channels=1, patch=(2, 4, 4), hidden=96, heads=4,
+        rope_dims=(8, 8, 8),
+                              double_blocks=2, single_blocks=10, text_dim=32, text_refiner_depth=0,
+                              pooled_dim=32))
         velocity = model(x, t, cond=condition)
 
     Attributes:
         config: shape of the model.
-        gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations. Only
-            plain mode does; forward-mode passes keep them.
+        gradient_checkpointing: recompute each block in the backward pass instead of keeping its
+            activations. Only plain mode does; forward-mode passes keep them.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -104,9 +109,9 @@ class DiT(nn.Module):
     ) -> "DiT":
         """Build a student with the teacher's weights and, where asked, further embedders.
 
-        A new guidance embedder starts at zero: the output equals the teacher's at every g. A new r-embedder starts at
-        zero (`time_reduction="sum"`) or as a copy of the t-embedder ("mean"): the output at r = t equals the teacher's
-        to the bit.
+        A new guidance embedder starts at zero: the output equals the teacher's at every g. A new
+        r-embedder starts at zero (`time_reduction="sum"`) or as a copy of the t-embedder ("mean"):
+        the output at r = t equals the teacher's to the bit.
 
         Args:
             teacher: the trained model; it is not changed.
@@ -167,7 +172,8 @@ class DiT(nn.Module):
             t: start times [B] in [0, 1].
             r: end times [B], r <= t; for models with `mean_flow`, and only for them.
             cond: condition of the batch.
-            tangent_width: band limit of the time tangent, a number or [B]; None for the configuration's.
+            tangent_width: band limit of the time tangent, a number or [B]; None for the
+                configuration's.
 
         Returns:
             A tensor [B, out_channels, F, H, W].
@@ -292,7 +298,8 @@ class DiT(nn.Module):
         self, t: Tensor, cond: Condition, width: float | Tensor
     ) -> tuple[Tensor, Tensor]:
         """Text tokens with padding at the end [B, L, C] and their number [B]."""
-        # Padding may hold anything, NaN included; masked attention weights times NaN would still be NaN.
+        # Padding may hold anything, NaN included; masked attention weights times NaN would still be
+        # NaN.
         padding = ~valid_rows(cond.text, cond.text_lengths)
         features = cond.text.masked_fill(padding.unsqueeze(-1), 0)
         if isinstance(self.txt_in, TextRefiner):
@@ -304,12 +311,13 @@ class DiT(nn.Module):
         return self._join_streams(text, cond)
 
     def _join_streams(self, text: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
-        """Put image and glyph tokens before the text and all padding at the end (HunyuanVideo-1.5)."""
+        """Put image and glyph tokens before the text and all padding at the end."""
         assert self.cond_type_embedding is not None
         kinds = self.cond_type_embedding.weight
         parts, lengths = [text + kinds[0]], [cond.text_lengths]
         if self.byt5_in is not None:
-            assert cond.glyph is not None and cond.glyph_lengths is not None
+            assert cond.glyph is not None
+            assert cond.glyph_lengths is not None
             padding = ~valid_rows(cond.glyph, cond.glyph_lengths)
             glyph = self.byt5_in(cond.glyph.masked_fill(padding.unsqueeze(-1), 0)) + kinds[1]
             parts.insert(0, glyph)

@@ -14,14 +14,16 @@ __all__ = [
     "GlyphMapper",
     "ImageProjection",
     "PatchEmbed",
+    "RefinerBlock",
     "TextRefiner",
     "TimeEmbedder",
     "VectorEmbedder",
+    "valid_rows",
 ]
 
 
 class PatchEmbed(nn.Module):
-    """Cut a latent into patches and map each linearly to a token; the weights are those of a strided Conv3d."""
+    """Cut a latent into patches and map each to a token, with the weights of a strided Conv3d."""
 
     def __init__(self, in_channels: int, hidden: int, patch: tuple[int, int, int]) -> None:
         """Build the layer for patches of `patch` = (frames, rows, columns)."""
@@ -51,7 +53,7 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(features, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
 
     def forward(self, t: Tensor, tangent_width: float | Tensor = 0.0) -> Tensor:
-        """Embed t [B] as [B, C]; `tangent_width` band-limits the tangent only (`timestep_features`)."""
+        """Embed t [B] as [B, C]; `tangent_width` is that of `timestep_features`."""
         sinusoids = timestep_features(
             t, self.features, scale=self.scale, tangent_width=tangent_width
         )
@@ -98,10 +100,11 @@ class _RefinerMlp(nn.Module):
         return out
 
 
-class _RefinerBlock(nn.Module):
+class RefinerBlock(nn.Module):
     """Self-attention and MLP over text tokens, each gated by a condition vector."""
 
     def __init__(self, hidden: int, heads: int, mlp_hidden: int) -> None:
+        """Build the block; its MLP has the inner width `mlp_hidden`."""
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(hidden, eps=1e-6)
@@ -112,18 +115,20 @@ class _RefinerBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
     def forward(self, x: Tensor, vec: Tensor, lengths: Tensor) -> Tensor:
+        """Map tokens [B, L, C] with `lengths` [B] real ones, gated by vec [B, C]."""
         gate_attention, gate_mlp = self.adaLN_modulation(vec).unsqueeze(1).chunk(2, dim=-1)
         qkv = self.self_attn_qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         attended = attention(q, k, v, kv_lengths=lengths).transpose(1, 2).flatten(2)
         x = x + gate_attention * self.self_attn_proj(attended)
-        return x + gate_mlp * self.mlp(self.norm2(x))
+        x = x + gate_mlp * self.mlp(self.norm2(x))
+        return x
 
 
 class _Refiner(nn.Module):
     def __init__(self, hidden: int, heads: int, mlp_hidden: int, depth: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(_RefinerBlock(hidden, heads, mlp_hidden) for _ in range(depth))
+        self.blocks = nn.ModuleList(RefinerBlock(hidden, heads, mlp_hidden) for _ in range(depth))
 
     def forward(self, x: Tensor, vec: Tensor, lengths: Tensor) -> Tensor:
         for block in self.blocks:
@@ -132,12 +137,12 @@ class _Refiner(nn.Module):
 
 
 class TextRefiner(nn.Module):
-    """Transformer over the text tokens alone, conditioned on t and on the mean of the prompt's features."""
+    """Transformer over the text tokens alone, conditioned on t and on the mean text feature."""
 
     def __init__(
         self, width: int, hidden: int, heads: int, depth: int, mlp_hidden: int, time: TimeEmbedder
     ) -> None:
-        """Build `depth` blocks for features of `width`; `time` embeds the noise level for the refiner alone."""
+        """Build `depth` blocks for features of `width`; `time` is the refiner's own embedder."""
         super().__init__()
         self.input_embedder = nn.Linear(width, hidden)
         self.t_embedder = time
@@ -147,7 +152,7 @@ class TextRefiner(nn.Module):
     def forward(
         self, text: Tensor, t: Tensor, lengths: Tensor, tangent_width: float | Tensor = 0.0
     ) -> Tensor:
-        """Map text [B, L, width], zero behind `lengths` [B], to tokens [B, L, C] at noise level t [B]."""
+        """Map text [B, L, width], zero behind `lengths` [B], to tokens [B, L, C] at time t [B]."""
         count = lengths.clamp(min=1).unsqueeze(-1).to(text.dtype)
         vec = self.t_embedder(t, tangent_width) + self.c_embedder(text.sum(dim=1) / count)
         tokens: Tensor = self.individual_token_refiner(self.input_embedder(text), vec, lengths)

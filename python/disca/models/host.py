@@ -16,10 +16,11 @@ __all__ = ["Block", "Host"]
 class Block(Protocol):
     """One transformer block and its two sub-layers.
 
-    `attention` and `mlp` return what the sub-layer adds before its gate, for video and text tokens joined
-    [B, N, C]; `combine` adds such tensors through the gates of the current state. A policy that reuses a
-    sub-layer keeps its output and calls `combine` with it instead of computing it again. In a single-stream block both
-    sub-layers read the block's input; in a double-stream block `mlp` reads the state after attention.
+    `attention` and `mlp` return what the sub-layer adds before its gate, for video and text tokens
+    joined [B, N, C]; `combine` adds such tensors through the gates of the current state. A policy
+    that reuses a sub-layer keeps its output and calls `combine` with it instead of computing it
+    again. In a single-stream block both sub-layers read the block's input; in a double-stream block
+    `mlp` reads the state after attention.
     """
 
     def __call__(self, state: State) -> State:
@@ -41,8 +42,8 @@ class Block(Protocol):
 class Host(Protocol):
     """A video model taken apart into embedders, blocks and head.
 
-    The velocity is `head(run(embed(x, t, r, cond)))`. A policy may stop after any block, keep tokens, replace them with
-    `State.with_tokens` and go on.
+    The velocity is `head(run(embed(x, t, r, cond)))`. A policy may stop after any block, keep
+    tokens, replace them with `State.with_tokens` and go on.
     """
 
     @property
@@ -62,7 +63,7 @@ class Host(Protocol):
         *,
         tangent_width: float | Tensor | None = None,
     ) -> State:
-        """Turn a latent [B, C, F, H, W], times [B] and a condition into the state before the first block."""
+        """Turn a latent [B, C, F, H, W], times [B] and a condition into the first state."""
 
     def run(self, state: State, start: int = 0, stop: int | None = None) -> State:
         """Run blocks `start` to `stop` (exclusive; None for all that follow)."""

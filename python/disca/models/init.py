@@ -4,7 +4,7 @@
 from torch import Tensor, nn
 
 from disca.models.blocks import DoubleBlock, FinalLayer, Modulation, SingleBlock
-from disca.models.embedders import PatchEmbed, TextRefiner, TimeEmbedder, VectorEmbedder
+from disca.models.embedders import PatchEmbed, RefinerBlock, TimeEmbedder, VectorEmbedder
 
 __all__ = ["initialise", "zero_linear"]
 
@@ -12,12 +12,14 @@ __all__ = ["initialise", "zero_linear"]
 def initialise(model: nn.Module, latent_channels: int) -> None:
     """Initialise for training from scratch, as DiT does.
 
-    Linear layers are Xavier-uniform with zero bias, each part of a fused projection on its own. Every modulation,
-    every gate and the output layer start at zero, so that each block starts as the identity.
+    Linear layers are Xavier-uniform with zero bias, each part of a fused projection on its own.
+    Every modulation, every gate and the output layer start at zero, so that each block starts as
+    the identity.
 
     Args:
         model: the model; modules of this package are known by their class.
-        latent_channels: input channels of the noisy latent; further (conditioning) channels start at zero.
+        latent_channels: input channels of the noisy latent; further (conditioning) channels start
+            at zero.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -39,9 +41,8 @@ def initialise(model: nn.Module, latent_channels: int) -> None:
             for stream in ("img", "txt"):
                 for part in getattr(module, f"{stream}_attn_qkv").weight.chunk(3):
                     _xavier(part)
-        elif isinstance(module, TextRefiner):
-            for block in module.individual_token_refiner.blocks:
-                zero_linear(block.adaLN_modulation[1])  # type: ignore[index, union-attr]
+        elif isinstance(module, RefinerBlock):
+            zero_linear(module.adaLN_modulation[1])
 
 
 def zero_linear(layer: nn.Module) -> None:

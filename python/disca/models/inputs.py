@@ -14,10 +14,10 @@ __all__ = ["check_inputs"]
 def check_inputs(
     config: DiTConfig, x: Tensor, t: Tensor, r: Tensor | None, cond: Condition
 ) -> None:
-    """Check shapes against the configuration, and values where reading them costs no synchronisation.
+    """Check shapes, and values where reading them costs no synchronisation.
 
-    Times and lengths are read only from plain CPU tensors outside `torch.compile`; on an accelerator a wrong value
-    there is the caller's to avoid.
+    Times and lengths are read only from plain CPU tensors outside `torch.compile`; on an
+    accelerator a wrong value there is the caller's to avoid.
 
     Args:
         config: shape of the model.
@@ -38,8 +38,8 @@ def check_inputs(
         size % patch or size == 0 for size, patch in zip(x.shape[2:], config.patch, strict=True)
     ):
         raise UserError(
-            f"frames, rows and columns must be positive multiples of the patch {list(config.patch)}, "
-            f"got {list(x.shape[2:])}"
+            f"frames, rows and columns must be positive multiples of the patch "
+            f"{list(config.patch)}, got {list(x.shape[2:])}"
         )
     _check_times(config, x.shape[0], t, r)
     _check_condition(config, x.shape[0], cond)
@@ -48,7 +48,8 @@ def check_inputs(
 def _check_times(config: DiTConfig, batch: int, t: Tensor, r: Tensor | None) -> None:
     if config.mean_flow and r is None:
         raise UserError(
-            "this model predicts average velocities (mean_flow) and needs r; pass r = t for the velocity at t"
+            "this model predicts average velocities (mean_flow) and needs r; pass r = t for the "
+            "velocity at t"
         )
     if not config.mean_flow and r is not None:
         raise UserError("r was given, but this model has no r-embedder (mean_flow is off)")
@@ -63,7 +64,8 @@ def _check_times(config: DiTConfig, batch: int, t: Tensor, r: Tensor | None) -> 
     if r is not None and _readable(t, r) and bool((r > t).any()):
         row = int((r > t).nonzero()[0])
         raise UserError(
-            f"a step goes from t to r <= t, got t = {float(t[row])} and r = {float(r[row])} in row {row}"
+            f"a step goes from t to r <= t, got t = {float(t[row])} and r = {float(r[row])} "
+            f"in row {row}"
         )
 
 
@@ -107,7 +109,8 @@ def _check_sequence(name: str, value: Tensor, lengths: Tensor, width: int, batch
         raise UserError(f"cond.{name} must be [{batch}, L, {width}], got {list(value.shape)}")
     if lengths.shape != (batch,) or lengths.is_floating_point():
         raise UserError(
-            f"cond.{name}_lengths must be integers of shape [{batch}], got {lengths.dtype} {list(lengths.shape)}"
+            f"cond.{name}_lengths must be integers of shape [{batch}], got {lengths.dtype} "
+            f"of shape {list(lengths.shape)}"
         )
     longest = value.shape[1]
     if _readable(lengths) and bool(((lengths < 0) | (lengths > longest)).any()):

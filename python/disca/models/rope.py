@@ -23,8 +23,10 @@ def rope_tables(
 ) -> Rope:
     """Return cosine and sine of the rotation angles of a video grid followed by text.
 
-    Channel pair (2i, 2i + 1) of an axis share of width d turns by `position * theta**(-2i / d)`. Text tokens do not
-    turn: their rows are cosine 1 and sine 0, so that one table serves the whole sequence without a copy.
+    Channel pair (2i, 2i + 1) of an axis share of width d turns by `position * theta**(-2i / d)`.
+    Text tokens do not
+    turn: their rows are cosine 1 and sine 0, so that one table serves the whole sequence without a
+        copy.
 
     Args:
         grid: token grid (frames, rows, columns), the column index running fastest.
@@ -37,8 +39,8 @@ def rope_tables(
     Returns:
         Two tensors [f * h * w + n_text, sum(dims) / 2], computed once per argument set and shared.
     """
-    # A tensor made inside a functorch transform is tied to that transform, and one made while tracing to the trace:
-    # neither may outlive it in a cache.
+    # A tensor made inside a functorch transform is tied to that transform, and one made while
+    # tracing to the trace: neither may outlive it in a cache.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _make_tables(grid, n_text, dims, theta, dtype, device)
     return _cached_tables(grid, n_text, dims, theta, dtype, device)
@@ -82,8 +84,9 @@ def _cached_tables(
 def normalise_and_rotate(x: Tensor, weight: Tensor, rope: Rope | None, eps: float = 1e-6) -> Tensor:
     """RMS-normalise queries and keys over the head dimension and turn them by their position.
 
-    `y = x / sqrt(mean(x²) + eps) * weight`; then each channel pair (a, b) of a token with angle φ becomes
-    `(a·cos φ − b·sin φ, a·sin φ + b·cos φ)` (the interleaved convention). Computed in float32 or wider.
+    `y = x / sqrt(mean(x²) + eps) * weight`; then each channel pair (a, b) of a token with angle φ
+    becomes `(a·cos φ − b·sin φ, a·sin φ + b·cos φ)` (the interleaved convention). Computed in
+    float32 or wider.
 
     Args:
         x: packed queries and keys [B, N, G, H, D]; G is 2 for both, 1 for one of them.
@@ -99,6 +102,6 @@ def normalise_and_rotate(x: Tensor, weight: Tensor, rope: Rope | None, eps: floa
     y = F.rms_norm(wide, wide.shape[-1:], None, eps) * weight.unsqueeze(1)
     if rope is not None:
         cos, sin = (table[:, None, None, :] for table in rope)
-        a, b = y.unflatten(-1, (-1, 2)).unbind(-1)
+        a, b = y.view(*y.shape[:-1], -1, 2).unbind(-1)
         y = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
     return y.to(dtype)

@@ -19,7 +19,8 @@ class State:
         n_video: number of video tokens, f * h * w.
         vec: modulation vector [B, C] made of times, guidance and pooled prompt.
         rope: cosine and sine tables [n_video + L, head_dim / 2], neutral for text.
-        kv_lengths: number of keys that attention may read [B], int64: video tokens plus real text tokens.
+        kv_lengths: number of keys that attention may read [B], int64: video tokens plus real text
+            tokens.
         grid: token grid (f, h, w).
     """
 
