@@ -155,3 +155,14 @@ def measure(benchmark: BenchmarkFixture, clock: Clock, subject: Subject) -> None
         peak_bytes=peak_memory(subject.run, subject.device),
         eager_peak_bytes=peak_memory(subject.eager, subject.device),
     )
+
+
+def device_name() -> str:
+    """Return the name under which this machine's results are filed."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name().lower().replace(" ", "-")
+    return f"cpu-{torch.backends.cpu.get_cpu_capability().lower().replace(' ', '-')}"
+
+
+if __name__ == "__main__":
+    print(device_name())

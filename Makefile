@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo · make test · make bench · make lint: each sets up .venv first, which costs nothing
+# when it is up to date. Needs python 3.11 or newer and a C++17 compiler; nvcc is used if found.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTHON ?= $(or $(shell for p in python3 python3.12 python3.11 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; \
+	done),python3)
+BUILD_TOOLS := setuptools wheel pybind11 cmake ninja
+# Two workers, because the suite is written for two cores.
+TEST_WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: install demo test lint bench clean
+.DEFAULT_GOAL := install
+
+install: $(STAMP)
+
+# The directories of csrc are prerequisites too: their time changes when a file comes or goes.
+$(STAMP): Makefile pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "disca-kernels needs python 3.11 or newer; set PYTHON=/path/to/it"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(BUILD_TOOLS) torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+		--editable '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/disca demo
+
+test: install
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(TEST_WORKERS) $(TESTS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One committed file per device: benchmarks/results/<device>.json
+bench: install
+	mkdir -p benchmarks/results
+	$(PYTEST) benchmarks --benchmark-enable --benchmark-json \
+		benchmarks/results/$$($(BIN)/python -m benchmarks.harness).json
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find disca_kernels -name '_C.*.so' -delete
