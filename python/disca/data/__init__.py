@@ -3,5 +3,6 @@
 
 from disca.data.digits import MovingDigits
 from disca.data.source import ClipBatch, ClipSource, build_source
+from disca.data.video import VideoClips
 
-__all__ = ["ClipBatch", "ClipSource", "MovingDigits", "build_source"]
+__all__ = ["ClipBatch", "ClipSource", "MovingDigits", "VideoClips", "build_source"]

@@ -142,6 +142,13 @@ def check_integer(name: str, value: Any, minimum: int) -> int:
     return value
 
 
+def check_share(name: str, value: Any) -> float:
+    """Return `value` if it is a number strictly between 0 and 1, else raise UserError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise UserError(f"{name} must be a number between 0 and 1, got {value!r}")
+    return float(value)
+
+
 def check_split(split: str) -> str:
     """Return `split` if it names a split, else raise UserError."""
     if split not in SPLITS:
