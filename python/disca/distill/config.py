@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from disca.errors import UserError
+from disca.sample.steps import resolve_full_steps
 
 __all__ = [
     "ClassifierStage",
@@ -29,6 +30,8 @@ __all__ = [
     "load_config",
     "preset_names",
 ]
+
+_KINDS = ("classifier", "teacher", "cfg", "meanflow", "predictor")
 
 GuidanceRange = float | tuple[float, float] | None
 """A fixed guidance scale, a range to draw it from uniformly, or None for no guidance input."""
@@ -50,9 +53,8 @@ class Settings(BaseModel):
 
 
 def _unknown(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(known)}"
-    return f"unknown key {name!r}; {hint}"
+    hint = _closest(name, list(known)) or f"; valid: {', '.join(known)}"
+    return f"unknown key {name!r}{hint}"
 
 
 class TimeConfig(Settings):
@@ -192,6 +194,19 @@ class PredictorStage(TrainerConfig):
     schedule_shift: float = Field(5.0, gt=0)
     points: Literal["line", "student"] = "line"
 
+    @model_validator(mode="after")
+    def _lists_fit(self) -> PredictorStage:
+        if not self.schedule_lists:
+            raise ValueError("schedule_lists needs at least one list of full steps")
+        for spec in self.schedule_lists:
+            try:
+                full = resolve_full_steps(spec, self.schedule_steps)
+            except UserError as error:
+                raise ValueError(f"schedule_lists: {error}") from error
+            if len(full) == self.schedule_steps:
+                raise ValueError(f"schedule_lists: {spec!r} predicts no step")
+        return self
+
 
 Stage = Annotated[
     ClassifierStage | TeacherStage | CfgStage | MeanFlowStage | PredictorStage,
@@ -214,10 +229,9 @@ class RunConfig(Settings):
     def _kind_from_name(cls, values: Any) -> Any:
         """Let a stage that is called like its kind leave the kind out."""
         if isinstance(values, Mapping) and isinstance(values.get("stages"), Mapping):
-            kinds = ("classifier", "teacher", "cfg", "meanflow", "predictor")
             stages = {
                 name: {"kind": name, **stage}
-                if isinstance(stage, Mapping) and name in kinds
+                if isinstance(stage, Mapping) and name in _KINDS
                 else stage
                 for name, stage in values["stages"].items()
             }
@@ -228,15 +242,32 @@ class RunConfig(Settings):
     def _sources_come_first(self) -> RunConfig:
         seen: list[str] = []
         for name, stage in self.stages.items():
-            for field in ("init", "teacher", "host"):
-                source = getattr(stage, field, None)
-                if source is not None and source not in seen:
+            for field, source in sources(stage).items():
+                fits = [s for s in seen if _can_start_from(stage, field, self.stages[s])]
+                if source not in fits:
                     raise ValueError(
-                        f"stage {name!r}: {field} is {source!r}, which is no earlier stage; "
-                        f"earlier stages: {', '.join(seen) or 'none'}"
+                        f"stage {name!r}: {field} is {source!r}, which is no earlier stage that "
+                        f"fits; those are: {', '.join(fits) or 'none'}{_closest(source, fits)}"
                     )
             seen.append(name)
         return self
+
+
+def sources(stage: Stage) -> dict[str, str]:
+    """Return the stages whose weights a stage uses, by field: init, teacher, host."""
+    values = {field: getattr(stage, field, None) for field in ("init", "teacher", "host")}
+    return {field: name for field, name in values.items() if name is not None}
+
+
+def _can_start_from(stage: Stage, field: str, other: Stage) -> bool:
+    if isinstance(stage, PredictorStage) and field == "init":
+        return isinstance(other, PredictorStage)
+    return isinstance(other, (TeacherStage, CfgStage, MeanFlowStage))
+
+
+def _closest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def preset_names() -> list[str]:
@@ -263,11 +294,9 @@ def _read(source: str | Path) -> tuple[str, Any]:
         name, text = str(path), path.read_text()
     else:
         if str(source) not in preset_names():
-            close = difflib.get_close_matches(str(source), preset_names(), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise UserError(
-                f"unknown preset {str(source)!r}; presets: {', '.join(preset_names())}{hint}"
-            )
+            known = preset_names()
+            hint = _closest(str(source), known)
+            raise UserError(f"unknown preset {str(source)!r}; presets: {', '.join(known)}{hint}")
         name = f"preset {source}"
         text = (resources.files("disca") / "presets" / f"{source}.yaml").read_text()
     try:
@@ -316,18 +345,27 @@ def load_config(
 def _explain(error: ValidationError) -> str:
     """Tell the first problem of a validation error in one line."""
     first = error.errors(include_url=False)[0]
-    kinds = ("classifier", "teacher", "cfg", "meanflow", "predictor")
     # Pydantic puts the tag of a tagged union into the location, after the name of the field.
     path = list(first["loc"])
     shown = [
         str(part)
         for i, part in enumerate(path)
-        if not (part in kinds and i == 2 and path[0] == "stages")
+        if not (part in _KINDS and i == 2 and path[0] == "stages")
     ]
     message = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
+    context = first.get("ctx", {})
     if first["type"] == "missing":
-        return f"{'.'.join(shown)}: this setting is required"
-    if isinstance(given, (str, int, float)):
+        message = "this setting is required"
+    elif first["type"] == "union_tag_invalid":
+        shown.append("kind")
+        tag = str(context["tag"])
+        message = f"unknown kind {tag!r}; kinds: {', '.join(_KINDS)}{_closest(tag, _KINDS)}"
+    elif first["type"] == "union_tag_not_found":
+        shown.append("kind")
+        message = f"needed, because the stage is called otherwise; kinds: {', '.join(_KINDS)}"
+    elif isinstance(given, (str, int, float)):
         message += f", got {given!r}"
+        if "expected" in context:
+            message += _closest(str(given), str(context["expected"]).split("'")[1::2])
     return f"{'.'.join(shown)}: {message}" if shown else message

@@ -36,6 +36,7 @@ from disca.distill.config import (
     TeacherStage,
     TrainerConfig,
     load_config,
+    sources,
 )
 from disca.distill.flow import TeacherTask
 from disca.distill.meanflow import MeanFlowTask
@@ -163,10 +164,8 @@ class _Run:
         }
         if not isinstance(settings, ClassifierStage):
             identity["model"] = self.model.to_dict()
-        for field in ("init", "teacher", "host"):
-            other = getattr(settings, field, None)
-            if other is not None:
-                identity[f"weights of {other}"] = self._digest(name, other)
+        for other in sources(settings).values():
+            identity[f"weights of {other}"] = self._digest(name, other)
         return identity
 
     def _digest(self, name: str, other: str) -> str:
