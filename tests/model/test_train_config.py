@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run configurations: presets are valid, and each mistake is told in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from disca.distill.config import MeanFlowStage, PredictorStage, load_config, preset_names
+from disca.errors import UserError
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_valid(name: str, smoke: bool) -> None:
+    config = load_config(name, smoke=smoke)
+    assert load_config(config.model_dump(mode="json")) == config
+
+
+def test_digits_preset_follows_the_paper() -> None:
+    config = load_config("digits")
+    assert list(config.stages) == [
+        "classifier",
+        "teacher",
+        "cfg",
+        "meanflow",
+        "rmeanflow",
+        "predictor",
+        "predictor_residual",
+    ]
+    plain, restricted = config.stages["meanflow"], config.stages["rmeanflow"]
+    assert isinstance(plain, MeanFlowStage)
+    assert isinstance(restricted, MeanFlowStage)
+    assert (plain.restriction, restricted.restriction) == (1.0, 0.2)
+    predictor = config.stages["predictor"]
+    assert isinstance(predictor, PredictorStage)
+    assert (predictor.mse_steps, predictor.steps) == (500, 1500)
+    assert (predictor.optimizer.lr, predictor.discriminator.lr) == (1e-4, 1e-2)
+    assert predictor.gan_weight == 1.0
+
+
+def test_smoke_section_shrinks_every_stage() -> None:
+    full, small = load_config("digits"), load_config("digits", smoke=True)
+    assert small.model == full.model
+    assert all(small.stages[n].steps <= 20 < full.stages[n].steps for n in full.stages)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sede": 1}, r"unknown key 'sede'; did you mean 'seed'\?"),
+        ({"stages": {"teacher": {"stepz": 3}}}, r"stages\.teacher: .*did you mean 'steps'\?"),
+        (
+            {"stages": {"teacher": {"optimizer": {"lrr": 1}}}},
+            r"stages\.teacher\.optimizer: .*did you mean 'lr'\?",
+        ),
+        ({"stages": {"rmeanflow": {"restriction": 1.2}}}, r"stages\.rmeanflow\.restriction: .*1\.2"),
+        ({"stages": {"rmeanflow": {"restriction": 0}}}, r"stages\.rmeanflow\.restriction: "),
+        ({"stages": {"rmeanflow": {"velocity": "tacher"}}}, r"'teacher' or 'data', got 'tacher'"),
+        ({"stages": {"rmeanflow": {"tangent_width": -0.1}}}, r"tangent_width must be >= 0"),
+        ({"stages": {"rmeanflow": {"teacher": "cgf"}}}, r"teacher is 'cgf', .*did you mean 'cfg'\?"),
+        ({"stages": {"rmeanflow": {"kind": "meanfow"}}}, r"stages\.rmeanflow\.kind: .*'meanflow'"),
+        ({"stages": {"teacher": {"steps": None}}}, r"stages\.teacher\.steps: .*integer"),
+        ({"stages": {"teacher": {"init": "predictor"}}}, r"init is 'predictor'"),
+        ({"stages": {"teacher": 5}}, r"stages\.teacher: "),
+        ({"stages": {"predictor": {"schedule_lists": ["n9"]}}}, r"schedule_lists: .*'n9'"),
+        ({"stages": {"predictor": {"schedule_lists": ["all"]}}}, r"'all' predicts no step"),
+        ({"stages": {"predictor": {"schedule_lists": []}}}, r"at least one list"),
+        ({"stages": {"predictor": {"host": "classifier"}}}, r"host is 'classifier'"),
+        ({"stages": {"other": {"steps": 3}}}, r"stages\.other\.kind: needed"),
+    ],
+)
+def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as info:
+        load_config("digits", changes=changes)
+    assert "\n" not in str(info.value)
+    assert str(info.value).startswith("preset digits: ")
+
+
+def test_unknown_preset_is_named() -> None:
+    with pytest.raises(UserError, match=r"unknown preset 'digitz'.*did you mean 'digits'\?"):
+        load_config("digitz")
+
+
+def test_file_errors_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such configuration file"):
+        load_config(tmp_path / "none.yaml")
+    path = tmp_path / "run.yaml"
+    path.write_text("stages: [unclosed")
+    with pytest.raises(UserError, match=r"run\.yaml: not valid YAML") as info:
+        load_config(path)
+    assert "\n" not in str(info.value)
+    path.write_text("- a list")
+    with pytest.raises(UserError, match=r"run\.yaml: expected a mapping of settings, got list"):
+        load_config(path)
+    path.write_text(yaml.safe_dump(load_config("digits").model_dump(mode="json"), sort_keys=False))
+    assert load_config(path) == load_config("digits")
+    with pytest.raises(UserError, match="no 'smoke' section"):
+        load_config(path, smoke=True)
+
+
+def test_required_setting_is_named() -> None:
+    with pytest.raises(UserError, match=r"stages\.teacher\.steps: this setting is required"):
+        load_config({"data": {"kind": "digits"}, "model": {}, "stages": {"teacher": {}}})
