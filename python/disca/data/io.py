@@ -66,7 +66,7 @@ def to_frames(clip: Tensor, scale: int = 1) -> Frames:
     Values outside [-1, 1] are clamped; one channel becomes grey; pixels are enlarged unsmoothed.
 
     Raises:
-        UserError: not four dimensions, not 1 or 3 channels, no frames, or values that are not finite.
+        UserError: not four dimensions, not 1 or 3 channels, no frames, or values not finite.
     """
     if clip.dim() != 4 or clip.shape[0] not in (1, 3) or 0 in clip.shape:
         raise UserError(
@@ -201,10 +201,12 @@ def _write_gif(path: Path, frames: Frames, fps: float) -> None:
 
 
 def _palette(frames: Frames) -> tuple[Frames, bytes]:
-    """Frames as indices ``[F, H, W]`` into one palette, so that a still background never flickers."""
-    colours, inverse = np.unique(frames.reshape(-1, 3), axis=0, return_inverse=True)
+    """Indices ``[F, H, W]`` into one palette for all frames: a still background never flickers."""
+    packed = frames.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)  # [F, H, W]
+    colours, inverse = np.unique(packed, return_inverse=True)
     if len(colours) <= 256:
-        return inverse.reshape(frames.shape[:3]).astype(np.uint8), colours.tobytes()
+        channels = np.stack([colours >> 16, colours >> 8, colours], 1).astype(np.uint8)
+        return inverse.reshape(packed.shape).astype(np.uint8), channels.tobytes()
     stacked = Image.fromarray(frames.reshape(-1, *frames.shape[2:]))
     reduced = stacked.quantize(256, dither=Image.Dither.NONE)
     return np.asarray(reduced).reshape(frames.shape[:3]), bytes(reduced.getpalette() or ())
