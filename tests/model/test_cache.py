@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -23,6 +23,9 @@ class ToyState:
     t: Tensor
     r: Tensor | None
     log: str
+
+    def with_tokens(self, tokens):
+        return replace(self, tokens=tokens)
 
 
 class ToyHost:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
@@ -132,7 +132,7 @@ class OneTensorCache:
         if self.cache is None:
             raise UserError(f"policy {self.name!r} has to compute a step before it can skip one")
         self._skipped += 1
-        return replace(state, tokens=self.replay(state, self.cache))
+        return state.with_tokens(self.replay(state, self.cache))
 
     def replay(self, state: State, cache: Tensor) -> Tensor:
         """Return the tokens [B, N, C] of a skipped step from its input and the cache."""

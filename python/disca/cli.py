@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``disca``.
+
+Commands import what they need when they run, so that ``disca --help`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from disca.errors import UserError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="disca",
+    help="Distil, cache and sample video diffusion transformers.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+ablate = typer.Typer(help="Run an ablation.", rich_markup_mode=None)
+app.add_typer(ablate, name="ablate")
+
+Checkpoints = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a training run; the checkpoints of the package by default."),
+]
+Docs = Annotated[
+    Path | None, typer.Option(help="Markdown file whose marked section gets the table.")
+]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the run's by default.")]
+Shift = Annotated[float | None, typer.Option(help="Flow shift; the run's by default.")]
+Form = Annotated[
+    Literal["paper", "residual"] | None,
+    typer.Option(help="Form of the predictor; the run's by default."),
+]
+
+EVALUATION_SECTION = "evaluation"
+ABLATION_SECTION = "time-tangent"
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Read the options that come before the command; :func:`main` reads --debug itself."""
+
+
+@app.command()
+def env() -> None:
+    """Print versions, machine and backends, and why a backend is not usable."""
+    from disca_kernels.env import format_report
+
+    typer.echo(format_report())
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Output folder; run again to resume.")],
+    preset: Annotated[str | None, typer.Option(help="Name of a preset, such as digits.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of a run.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Make every stage tiny.")] = False,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting: a.b=value. Repeatable.")
+    ] = None,
+    stages: Annotated[
+        list[str] | None, typer.Option("--stage", help="Run this stage only. Repeatable.")
+    ] = None,
+) -> None:
+    """Train the stages of a preset or configuration, resuming what is there."""
+    if (preset is None) == (config is None):
+        raise UserError("give either --preset NAME or --config FILE")
+    nested = _nested(changes or [])
+    from disca.distill import load_config
+    from disca.distill import train as run
+
+    if config is not None and config.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--config takes a YAML file (.yaml or .yml), got {config}")
+    source: str | Path = config if preset is None and config is not None else str(preset)
+    run(load_config(source, smoke=smoke, changes=nested), out, stages=stages)
+    typer.echo(f"trained: {out}")
+
+
+@app.command()
+def sample(
+    prompt: Annotated[
+        list[str], typer.Option(help="What to draw, e.g. '7 left fast'. Repeatable.")
+    ],
+    out: Annotated[Path, typer.Option(help="Result; ends in .gif or .mp4.")],
+    checkpoints: Checkpoints = None,
+    method: Annotated[
+        Literal["teacher", "cfg", "meanflow", "rmeanflow", "disca", "reuse"],
+        typer.Option(help="How to sample; teacher takes two passes a step."),
+    ] = "disca",
+    steps: Annotated[int, typer.Option(help="Number of steps.")] = 20,
+    full_steps: Annotated[
+        str | None,
+        typer.Option(
+            help="n4, n3, n2, ten-full, every:K or 0,1,2,...; n4 by default for 20 steps."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    guidance: Guidance = None,
+    shift: Shift = None,
+    form: Form = None,
+) -> None:
+    """Sample clips for prompts and write them as one GIF or MP4."""
+    from disca.demo.single import sample_clips
+
+    summary = sample_clips(
+        prompts=prompt,
+        out=out,
+        checkpoints=checkpoints,
+        method=method,
+        steps=steps,
+        full_steps=full_steps,
+        seed=seed,
+        changes={"guidance": guidance, "shift": shift, "form": form},
+    )
+    typer.echo(summary)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("demo-results"),
+    checkpoints: Checkpoints = None,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 1,
+    clips: Annotated[int, typer.Option(help="Clips of each method and seed.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each method.")] = 3,
+    guidance: Guidance = None,
+    shift: Shift = None,
+    form: Form = None,
+) -> None:
+    """Compare all methods on the same prompts and noise; print one table and write a report."""
+    _evaluate(
+        out,
+        checkpoints,
+        {"guidance": guidance, "shift": shift, "form": form},
+        {"seeds": tuple(range(seeds)), "clips": clips, "repeats": repeats},
+        docs=None,
+    )
+
+
+@app.command()
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    checkpoints: Checkpoints = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1,2",
+    clips: Annotated[int, typer.Option(help="Clips of each method and seed.")] = 512,
+    batch: Annotated[int, typer.Option(help="Clips sampled at once.")] = 64,
+    timing_batch: Annotated[int, typer.Option(help="Clips sampled at once when timing.")] = 8,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each method.")] = 5,
+    docs: Docs = None,
+    guidance: Guidance = None,
+    shift: Shift = None,
+    form: Form = None,
+) -> None:
+    """Compare all methods over several seeds and write the table into the docs."""
+    _evaluate(
+        out,
+        checkpoints,
+        {"guidance": guidance, "shift": shift, "form": form},
+        {
+            "seeds": _numbers(seeds),
+            "clips": clips,
+            "batch": batch,
+            "timing_batch": timing_batch,
+            "repeats": repeats,
+        },
+        docs=docs,
+    )
+
+
+@ablate.command("time-tangent")
+def time_tangent(
+    checkpoints: Annotated[Path, typer.Option(help="Folder of a training run.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results; run again to resume.")],
+    docs: Docs = None,
+) -> None:
+    """Train MeanFlow with several widths of the time tangent and compare."""
+    from disca.demo.files import check_section, output_folder, replace_section
+
+    if docs is not None:
+        check_section(docs, ABLATION_SECTION)
+    output_folder(out)
+    from disca.distill import ablation
+
+    table = ablation.run(checkpoints, out)
+    typer.echo(table)
+    if docs is not None:
+        replace_section(docs, ABLATION_SECTION, table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    A mistake of the user ends with one line on stderr and exit code 2. With ``--debug`` the
+    traceback comes before that line. Any other error is a defect and keeps its traceback.
+
+    Args:
+        arguments: the command line without the program's name; ``sys.argv`` by default.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = app(arguments, prog_name="disca", standalone_mode=False)
+    except typer.Abort:
+        code = 130
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output went away (disca env | head): nothing is left to tell anyone.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        line = _user_line(error)
+        if line is None:
+            raise
+        if "--debug" in arguments:
+            traceback.print_exc()
+        typer.echo(f"disca: error: {line}", err=True)
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _user_line(error: Exception) -> str | None:
+    """Tell a user's mistake in one line; None for an error that is not one."""
+    if isinstance(error, typer.TyperException):
+        text = error.format_message()
+    elif isinstance(error, UserError):
+        text = str(error)
+    elif isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    elif type(error).__module__.startswith("pydantic"):
+        text = str(error)
+    else:
+        return None
+    return " ".join(text.split())
+
+
+def _evaluate(
+    out: Path,
+    checkpoints: Path | None,
+    sampling: dict[str, Any],
+    settings: dict[str, Any],
+    docs: Path | None,
+) -> None:
+    """Load, evaluate, print and write; nothing is written before everything was checked."""
+    from disca.demo.files import check_section, output_folder, replace_section
+    from disca.demo.report import write_outputs
+    from disca.demo.runner import EvaluationSettings, evaluate
+    from disca.demo.suite import load_suite
+    from disca.demo.tables import docs_section, model_lines, text_table
+
+    checked = EvaluationSettings(**settings)
+    if docs is not None:
+        check_section(docs, EVALUATION_SECTION)
+    suite = load_suite(checkpoints, **sampling)
+    output_folder(out)
+    evaluation = evaluate(suite, checked)
+    typer.echo(text_table(evaluation.results))
+    for line in model_lines(evaluation.results):
+        typer.echo(line)
+    for path in write_outputs(evaluation, out):
+        typer.echo(f"wrote {path}")
+    if docs is not None:
+        replace_section(docs, EVALUATION_SECTION, docs_section(evaluation.results))
+        typer.echo(f"wrote the table into {docs}")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--seeds takes whole numbers separated by commas, such as 0,1,2; got {text!r}"
+        ) from None
+
+
+def _nested(changes: list[str]) -> dict[str, Any]:
+    """Turn ``a.b=value`` into nested mappings; values are read as YAML."""
+    import yaml
+
+    nested: dict[str, Any] = {}
+    for change in changes:
+        path, equals, value = change.partition("=")
+        names = path.split(".")
+        if not equals or not all(names):
+            raise UserError(f"--set takes NAME.NAME=VALUE, got {change!r}")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {path}: cannot read the value {value!r} as YAML") from None
+        place = nested
+        for name in names[:-1]:
+            place = place.setdefault(name, {})
+            if not isinstance(place, dict):
+                raise UserError(f"--set {path}: {name} already has a value of its own")
+        place[names[-1]] = parsed
+    return nested
+
+
+if __name__ == "__main__":
+    main()

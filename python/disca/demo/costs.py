@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pass, a skipped step and a whole method cost in operations, parameters and time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from disca.demo.flops import count_flops
+from disca.demo.methods import Method
+from disca.demo.results import Timing
+from disca.demo.timing import measure_step
+from disca.sample import resolve_full_steps
+
+if TYPE_CHECKING:
+    from disca.demo.suite import Form, Suite
+    from disca.models.condition import Condition
+
+__all__ = ["describe_models", "method_flops", "pass_flops", "skip_flops"]
+
+
+def _one_clip(suite: Suite) -> tuple[Tensor, Tensor, Condition]:
+    noise = torch.zeros(1, *suite.source.shape)
+    return noise, torch.full((1,), 0.5), suite.source.null(1)
+
+
+def pass_flops(suite: Suite, stage: str) -> int:
+    """Return the operations of one pass of one clip through a stage's network."""
+    host = suite.host(stage)
+    x, t, cond = _one_clip(suite)
+    cond = cond.with_guidance(suite.sampling.guidance if host.config.guidance_embed else None)
+    return count_flops(lambda: host(x, t, t if host.mean_flow else None, cond))
+
+
+def skip_flops(suite: Suite, stage: str, form: Form | None) -> int:
+    """Return the operations of a skipped step: embedders, head, and the predictor if any."""
+    host = suite.host(stage)
+    x, t, cond = _one_clip(suite)
+    cond = cond.with_guidance(suite.sampling.guidance)
+
+    def step() -> None:
+        state = host.embed(x, t, t if host.mean_flow else None, cond)
+        tokens = state.tokens
+        if form is not None:
+            tokens = suite.predictor(form)(state, tokens)
+        host.head(state.with_tokens(tokens))
+
+    return count_flops(step)
+
+
+def method_flops(suite: Suite, method: Method) -> int:
+    """Return the operations of one clip's denoising loop."""
+    one = pass_flops(suite, method.model)
+    if method.policy == "cfg":
+        return 2 * method.steps * one
+    if method.full_steps is None:
+        return method.steps * one
+    full = len(resolve_full_steps(method.full_steps, method.steps))
+    form = (method.form or suite.sampling.form) if method.policy == "disca" else None
+    return full * one + (method.steps - full) * skip_flops(suite, method.model, form)
+
+
+def describe_models(suite: Suite, noise: Tensor, cond: Condition, repeats: int) -> dict[str, Any]:
+    """Return parameters, operations and time of the student and of each predictor.
+
+    Args:
+        suite: the models.
+        noise: starting points to time with [B, C, F, H, W].
+        cond: prompts, batch B.
+        repeats: timed steps.
+
+    Returns:
+        ``"host"`` and ``"predictors"``, by form; shares are of the host, and of a whole step with
+        embedders and head where operations or time are compared.
+    """
+    host = suite.host("rmeanflow")
+    parameters = sum(p.numel() for p in host.parameters())
+    flops = pass_flops(suite, "rmeanflow")
+    described: dict[str, Any] = {"host": {"parameters": parameters, "flops": flops}}
+    described["predictors"] = {}
+    for form, predictor in suite.predictors.items():
+        times = measure_step(suite, form, noise, cond, repeats)
+        full, predicted = Timing.of(times["full"]), Timing.of(times["predicted"])
+        own = sum(p.numel() for p in predictor.parameters())
+        skip = skip_flops(suite, "rmeanflow", form)
+        described["predictors"][form] = {
+            "parameters": own,
+            "parameter_share": own / parameters,
+            "flops": skip,
+            "flop_share": skip / flops,
+            "seconds_full": full.model_dump(),
+            "seconds_predicted": predicted.model_dump(),
+            "time_share": predicted.median / full.median,
+        }
+    return described

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sample every method on the same prompts and noise, score it and time it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from disca.demo.costs import describe_models, method_flops
+from disca.demo.methods import Method, default_methods, run_method
+from disca.demo.results import Results, Row, SeedScores, Timing, summarise
+from disca.demo.timing import measure_methods
+from disca.errors import UserError
+from disca.eval.scores import frechet_distance, relative_error, semantic_score
+from disca.sample import resolve_full_steps
+from disca_kernels.env import collect
+
+if TYPE_CHECKING:
+    from disca.data.source import ClipBatch
+    from disca.demo.suite import Suite
+    from disca.eval.classifier import ClipClassifier
+    from disca.sample import SampleResult
+
+__all__ = ["Evaluation", "EvaluationSettings", "evaluate"]
+
+# Distinguishes the random streams of one seed: prompts with real clips, noise, reference clips.
+_PROMPTS, _NOISE, _REFERENCE = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How much is sampled and how often it is timed.
+
+    Attributes:
+        seeds: each draws its own prompts, real clips and noise.
+        clips: clips of each method and seed.
+        batch: clips that are sampled at once.
+        reference_clips: real held-out clips that the Fréchet distance is taken to.
+        timing_batch: clips that are sampled at once where time is measured.
+        repeats: timed runs of each method.
+        shown: clips of each method that are kept for the picture.
+    """
+
+    seeds: tuple[int, ...] = (0,)
+    clips: int = 64
+    batch: int = 64
+    reference_clips: int = 512
+    timing_batch: int = 8
+    repeats: int = 3
+    shown: int = 6
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            UserError: no seed, a seed twice or negative, or a number below 1.
+        """
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise UserError(f"seeds must be different numbers from 0 up, got {list(self.seeds)}")
+        for name, value in asdict(self).items():
+            if name != "seeds" and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if min(self.clips, self.reference_clips) < 2:
+            raise UserError("clips and reference_clips must be at least 2: one clip has no spread")
+
+
+@dataclass
+class Evaluation:
+    """What an evaluation gives.
+
+    Attributes:
+        results: the content of results.json.
+        prompts: the prompts of the kept clips, of the first seed.
+        clips: label of the method to its first clips [n, C, F, H, W], real ones last.
+    """
+
+    results: Results
+    prompts: list[str]
+    clips: dict[str, Tensor]
+
+
+@dataclass
+class _Measured:
+    """What the seeds have brought in so far, by method."""
+
+    scores: dict[str, list[SeedScores]] = field(default_factory=dict)
+    counts: dict[str, SampleResult] = field(default_factory=dict)
+    clips: dict[str, Tensor] = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)
+
+
+def evaluate(
+    suite: Suite,
+    settings: EvaluationSettings,
+    *,
+    methods: Sequence[Method] | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Sample, score and time the methods.
+
+    Every method of a seed starts from the same noise and follows the same prompts. Scores are
+    taken with the suite's classifier: the share of clips whose digit, direction and speed it reads
+    as the prompt says, and the Fréchet distance of its features to those of real held-out clips.
+    The last row holds other real held-out clips, judged the same way.
+
+    Args:
+        suite: models and sampling settings.
+        settings: how much.
+        methods: what to compare; :func:`disca.demo.methods.default_methods` by default. The first
+            is the reference of the speed-ups.
+        progress: whether to draw a progress bar.
+
+    Returns:
+        The results with some clips of the first seed.
+
+    Raises:
+        UserError: a stage, a predictor or the classifier is missing, or a list of full steps does
+            not fit.
+    """
+    if suite.classifier is None:
+        raise UserError("the checkpoints have no finished classifier stage, which the scores need")
+    rows = list(methods or default_methods(tuple(suite.predictors), suite.sampling.form))
+    flops = {method.key: method_flops(suite, method) for method in rows}
+    work = sum(flops.values())
+    total = work * (len(settings.seeds) * settings.clips + settings.repeats * settings.timing_batch)
+    with tqdm(
+        total=total, desc="sampling", disable=not progress, bar_format=_BAR, mininterval=0.5
+    ) as bar:
+
+        def advance(key: str, clips: int) -> None:
+            bar.update(flops[key] * clips)
+
+        measured = _score_seeds(suite, suite.classifier, rows, settings, advance)
+        bar.set_description("timing")
+        seconds = _time_rows(suite, rows, settings, advance)
+    environment = collect()
+    results = Results(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=environment["versions"],
+        machine=environment["machine"],
+        settings={**asdict(settings), "seeds": list(settings.seeds), **suite.sampling.model_dump()},
+        models=_describe(suite, settings),
+        rows=[
+            *(_row(method, measured, seconds, flops, rows[0].key) for method in rows),
+            _real_row(measured),
+        ],
+    )
+    return Evaluation(results, measured.prompts, measured.clips)
+
+
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left"
+
+
+def _score_seeds(
+    suite: Suite,
+    classifier: ClipClassifier,
+    methods: Sequence[Method],
+    settings: EvaluationSettings,
+    advance: Callable[[str, int], None],
+) -> _Measured:
+    measured = _Measured()
+    reference = suite.source.sample(
+        settings.reference_clips, _generator(0, _REFERENCE), split="test"
+    )
+    target = classifier.embed(reference.clips)
+    for seed in settings.seeds:
+        real = suite.source.sample(settings.clips, _generator(seed, _PROMPTS), split="test")
+        noise = torch.randn(real.clips.shape, generator=_generator(seed, _NOISE))
+        samples: dict[str, Tensor] = {}
+        for method in methods:
+            done = run_method(
+                suite,
+                method,
+                noise,
+                real.condition,
+                batch=settings.batch,
+                advance=lambda clips, key=method.key: advance(key, clips),
+            )
+            samples[method.key] = done.x
+            measured.counts[method.key] = done
+        _keep(measured, methods, samples, real, suite, settings.shown)
+        samples["real"] = real.clips
+        for key, clips in samples.items():
+            method_of = {method.key: method for method in methods}.get(key)
+            scores = _scores(classifier, clips, real, target)
+            errors = _errors(method_of, samples, methods[0].key)
+            measured.scores.setdefault(key, []).append(SeedScores(seed=seed, **scores, **errors))
+    return measured
+
+
+def _keep(
+    measured: _Measured,
+    methods: Sequence[Method],
+    samples: Mapping[str, Tensor],
+    real: ClipBatch,
+    suite: Suite,
+    shown: int,
+) -> None:
+    """Keep the first seed's first clips."""
+    if measured.clips:
+        return
+    measured.prompts = suite.prompts_of(real)[:shown]
+    measured.clips = {method.label: samples[method.key][:shown] for method in methods}
+    measured.clips[REAL_LABEL] = real.clips[:shown]
+
+
+REAL_LABEL = "Real held-out clips"
+
+
+def _scores(
+    classifier: ClipClassifier, clips: Tensor, real: ClipBatch, target: Tensor
+) -> dict[str, float]:
+    assert real.labels is not None
+    shares = semantic_score(classifier, clips, real.labels)
+    return {**shares, "frechet": frechet_distance(classifier.embed(clips), target)}
+
+
+def _errors(
+    method: Method | None, samples: Mapping[str, Tensor], reference: str
+) -> dict[str, float | None]:
+    if method is None:
+        return {}
+    x = samples[method.key]
+    errors: dict[str, float | None] = {}
+    if method.uncached is not None:
+        errors["error_uncached"] = relative_error(x, samples[method.uncached])
+    if method.key != reference:
+        errors["error_teacher"] = relative_error(x, samples[reference])
+    return errors
+
+
+def _time_rows(
+    suite: Suite,
+    methods: Sequence[Method],
+    settings: EvaluationSettings,
+    advance: Callable[[str, int], None],
+) -> dict[str, list[float]]:
+    noise, batch = _timing_inputs(suite, settings)
+    return measure_methods(
+        suite,
+        list(methods),
+        noise,
+        batch.condition,
+        settings.repeats,
+        advance=lambda key: advance(key, settings.timing_batch),
+    )
+
+
+def _timing_inputs(suite: Suite, settings: EvaluationSettings) -> tuple[Tensor, ClipBatch]:
+    batch = suite.source.sample(settings.timing_batch, _generator(0, _PROMPTS), split="test")
+    return torch.randn(batch.clips.shape, generator=_generator(0, _NOISE)), batch
+
+
+def _describe(suite: Suite, settings: EvaluationSettings) -> dict[str, Any]:
+    noise, batch = _timing_inputs(suite, settings)
+    return describe_models(suite, noise, batch.condition, max(10, settings.repeats))
+
+
+def _row(
+    method: Method,
+    measured: _Measured,
+    seconds: Mapping[str, list[float]],
+    flops: Mapping[str, int],
+    reference: str,
+) -> Row:
+    counts = measured.counts[method.key]
+    pairs = zip(seconds[reference], seconds[method.key], strict=True)
+    full = method.full_steps
+    return Row(
+        key=method.key,
+        label=method.label,
+        model=method.model,
+        steps=method.steps,
+        full_steps=None if full is None else list(resolve_full_steps(full, method.steps)),
+        full_passes=counts.full_passes,
+        predictor_passes=counts.predictor_passes,
+        cache_bytes=counts.cache_bytes,
+        flops=flops[method.key],
+        theoretical_speedup=flops[reference] / flops[method.key],
+        seconds=Timing.of(seconds[method.key]),
+        measured_speedup=Timing.of(slow / fast for slow, fast in pairs),
+        per_seed=measured.scores[method.key],
+        summary=summarise(measured.scores[method.key]),
+    )
+
+
+def _real_row(measured: _Measured) -> Row:
+    scores = measured.scores["real"]
+    return Row(
+        key="real", label=REAL_LABEL, model="real", per_seed=scores, summary=summarise(scores)
+    )
+
+
+def _generator(seed: int, stream: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 3 + stream)
