@@ -7,24 +7,52 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from disca_kernels.ops.adaln_modulate.reference import (
-    adaln_modulate_jvp_reference,
-    adaln_modulate_reference,
-)
+from disca_kernels.backend import Backend, limit, resolve
+from disca_kernels.ops.adaln_modulate import function
 
+_OP = "adaln_modulate"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_TRITON_MAX_WIDTH = 8192
 
 
 def adaln_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, backend: str = "auto"
+    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, backend: str | Backend = "auto"
 ) -> Tensor:
-    """Layer-normalise tokens and modulate them: `y = LN(x) * (1 + scale) + shift`."""
+    """Layer-normalise tokens and modulate them: `y = LN(x) * (1 + scale) + shift`.
+
+    `LN` subtracts the mean over the last dimension and divides by the square root of the biased
+    variance plus `eps`; it has no weights of its own. This is the modulation of a diffusion
+    transformer's adaLN block (Peebles and Xie, "Scalable Diffusion Models with Transformers",
+    arXiv 2212.09748). Everything is computed in float32 (float64 inputs: in float64) and rounded
+    once, when y is stored.
+
+    Differentiable in reverse mode on every backend, and in forward mode (`torch.func.jvp`,
+    `forward_ad.dual_level`) with a detached tangent. With `backend="eager"` outside forward mode
+    it is plain PyTorch, differentiable twice.
+
+    Args:
+        x: [B, N, C] tokens, float32, bfloat16, float16 or float64 (float64 only on eager).
+        shift: [B, C] for one row per sample, or [B, N, C] for one row per token; the dtype of x
+            or float32. Nothing is broadcast: [B, 1, C] is accepted only if N is 1.
+        scale: shape and dtype of `shift`.
+        eps: added to the variance.
+        backend: "auto", "triton", "cuda", "cpu" or "eager"; see `disca_kernels.backend`.
+
+    Returns:
+        y [B, N, C], contiguous, in the dtype of x.
+
+    Raises:
+        ValueError: wrong rank, width, batch or device.
+        TypeError: wrong dtype, or not a tensor.
+        BackendError: the backend that was asked for cannot run this call.
+    """
     if has_torch_function((x, shift, scale)):
         result: Tensor = handle_torch_function(
             adaln_modulate, (x, shift, scale), x, shift, scale, eps=eps, backend=backend
         )
         return result
-    return adaln_modulate_reference(x, shift, scale, eps=eps)
+    _check_primals(x, shift, scale)
+    return function.value(x, shift, scale, eps, resolve(_OP, backend, x, shift, scale))
 
 
 def adaln_modulate_jvp(
@@ -32,16 +60,102 @@ def adaln_modulate_jvp(
     tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
     *,
     eps: float = 1e-6,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Compute `adaln_modulate` and its directional derivative; only the value is differentiable."""
+    """Compute `adaln_modulate` and its directional derivative in one pass.
+
+    With `x_hat = LN(x)` and `rstd` the reciprocal standard deviation of a row,
+
+        y_dot = rstd * (x_dot - mean(x_dot) - x_hat * mean(x_hat * x_dot)) * (1 + scale)
+                + x_hat * scale_dot + shift_dot
+
+    The value is tracked by autograd; the tangent is not, and nothing of it is kept.
+
+    Args:
+        primals: `(x, shift, scale)` as in `adaln_modulate`.
+        tangents: `(x_dot, shift_dot, scale_dot)`, each of the shape and dtype of its primal; None
+            stands for zero and costs nothing.
+        eps: added to the variance.
+        backend: as in `adaln_modulate`.
+
+    Returns:
+        `(y, y_dot)`, both [B, N, C] in the dtype of x.
+
+    Raises:
+        ValueError: as `adaln_modulate`, or a tangent of another shape or device.
+        TypeError: as `adaln_modulate`, or a tangent of another dtype.
+        BackendError: the backend that was asked for cannot run this call.
+        NotImplementedError: an operand carries a tangent of forward-mode AD itself.
+    """
     relevant: tuple[Any, ...] = (*primals, *tangents)
     if has_torch_function(relevant):
         pair: tuple[Tensor, Tensor] = handle_torch_function(
             adaln_modulate_jvp, relevant, primals, tangents, eps=eps, backend=backend
         )
         return pair
-    y = adaln_modulate_reference(*primals, eps=eps)
-    with torch.no_grad():
-        _, y_dot = adaln_modulate_jvp_reference(primals, tangents, eps=eps)
-    return y, y_dot
+    _check_primals(*primals)
+    _check_tangents(primals, tangents)
+    chosen = resolve(_OP, backend, *primals, *tangents)
+    return function.value_and_tangent(primals, tangents, eps, chosen)
+
+
+def _check_primals(x: Tensor, shift: Tensor, scale: Tensor) -> None:
+    """Validate what every backend takes for granted."""
+    for name, tensor in (("x", x), ("shift", shift), ("scale", scale)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{_OP}: {name} must be a tensor, got {type(tensor).__name__}")
+    if x.ndim != 3:
+        raise ValueError(f"{_OP}: x must be [B, N, C], got {list(x.shape)}")
+    n_batch, n_tokens, n_channels = x.shape
+    if n_channels == 0:
+        raise ValueError(f"{_OP}: x must have at least one channel, got {list(x.shape)}")
+    if x.dtype not in _DTYPES:
+        names = ", ".join(map(str, _DTYPES))
+        raise TypeError(f"{_OP}: x must be one of {names}, got {x.dtype}")
+    for name, tensor in (("shift", shift), ("scale", scale)):
+        if tuple(tensor.shape) not in ((n_batch, n_channels), (n_batch, n_tokens, n_channels)):
+            raise ValueError(
+                f"{_OP}: {name} must be [B, C] = [{n_batch}, {n_channels}] (one row per sample) or "
+                f"[B, N, C] = [{n_batch}, {n_tokens}, {n_channels}] (one row per token) for x "
+                f"{list(x.shape)}, got {list(tensor.shape)}; nothing is broadcast"
+            )
+        if tensor.dtype not in (x.dtype, torch.float32):
+            raise TypeError(
+                f"{_OP}: {name} must have the dtype of x ({x.dtype}) or torch.float32, "
+                f"got {tensor.dtype}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{_OP}: {name} is on {tensor.device}, x is on {x.device}")
+    if shift.shape != scale.shape or shift.dtype != scale.dtype:
+        raise ValueError(
+            f"{_OP}: shift and scale must be alike, got shift {shift.dtype} {list(shift.shape)} "
+            f"and scale {scale.dtype} {list(scale.shape)}"
+        )
+
+
+def _check_tangents(primals: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...]) -> None:
+    """Validate that each tangent is None or matches its primal."""
+    if len(tangents) != 3:
+        raise ValueError(f"{_OP}_jvp: 3 tangents are needed, got {len(tangents)}")
+    for name, primal, tangent in zip(("x", "shift", "scale"), primals, tangents, strict=True):
+        if tangent is None:
+            continue
+        if tangent.shape != primal.shape or tangent.device != primal.device:
+            raise ValueError(
+                f"{_OP}_jvp: {name}_dot must match {name} {list(primal.shape)} on {primal.device}, "
+                f"got {list(tangent.shape)} on {tangent.device}"
+            )
+        if tangent.dtype != primal.dtype:
+            raise TypeError(
+                f"{_OP}_jvp: {name}_dot must have the dtype of {name}, {primal.dtype}, "
+                f"got {tangent.dtype}"
+            )
+
+
+@limit(_OP, Backend.TRITON)
+def _triton_limit(x: Tensor, *_: Tensor | None) -> list[str]:
+    """Say what the Triton kernels cannot do."""
+    width = x.shape[-1]
+    if width <= _TRITON_MAX_WIDTH:
+        return []
+    return [f"at most {_TRITON_MAX_WIDTH} channels fit the registers of a program, got {width}"]

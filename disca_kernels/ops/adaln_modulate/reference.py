@@ -84,3 +84,34 @@ def adaln_modulate_jvp_reference(
     if shift_dot is not None:
         y_dot = y_dot + _per_token(shift_dot, wide)
     return y.to(x.dtype), y_dot.to(x.dtype)
+
+
+def adaln_modulate_vjp_reference(
+    dy: Tensor, x: Tensor, scale: Tensor, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of `adaln_modulate` by the closed formula.
+
+    With `g = dy * (1 + scale)`,
+
+        dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat))
+        dshift = dy, dscale = dy * x_hat, summed over the tokens of a per-sample modulation
+
+    Args:
+        dy: [B, N, C] gradient with respect to the value.
+        x: [B, N, C] tokens.
+        scale: [B, C] or [B, N, C].
+        eps: added to the variance.
+
+    Returns:
+        `(dx, dshift, dscale)` in the shapes and dtypes of x, scale and scale.
+    """
+    wide = compute_dtype(x.dtype)
+    x_hat, rstd = _normalise(x.to(wide), eps)
+    wide_dy = dy.to(wide)
+    g = wide_dy * (1.0 + _per_token(scale, wide))
+    correlation = (g * x_hat).mean(-1, keepdim=True)
+    dx = rstd * (g - g.mean(-1, keepdim=True) - x_hat * correlation)
+    dshift, dscale = wide_dy, wide_dy * x_hat
+    if scale.ndim == 2:
+        dshift, dscale = dshift.sum(1), dscale.sum(1)
+    return dx.to(x.dtype), dshift.to(scale.dtype), dscale.to(scale.dtype)

@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_WIDTH = 8192
-
 _TILE_ELEMENTS = 2048
 _MAX_ROWS_PER_TILE = 16
 # Programs of the backward pass: about four for each multiprocessor of the largest devices. It is a
@@ -44,7 +42,7 @@ def _load_modulation(
 
 @triton.jit
 def _normalise(b_x, m_c, C, eps):
-    """Return the normalised rows, zero outside the mask, and 1 / standard deviation [BLOCK_N, 1]."""
+    """Return the normalised rows, zero outside the mask, and their 1 / standard deviation."""
     b_mean = tl.sum(b_x, axis=1, keep_dims=True) / C
     b_centred = tl.where(m_c[None, :], b_x - b_mean, 0.0)
     b_variance = tl.sum(b_centred * b_centred, axis=1, keep_dims=True) / C
@@ -81,12 +79,8 @@ def _adaln_modulate_fwd_kernel(
     m_rows = (o_n < N)[:, None] & m_c[None, :]
 
     b_x = _load_rows(p_x, i_b, o_n, o_c, stride_xb, stride_xn, m_rows)
-    b_scale = _load_modulation(
-        p_scale, i_b, o_n, o_c, stride_sb, stride_sn, m_rows, m_c, PER_TOKEN
-    )
-    b_shift = _load_modulation(
-        p_shift, i_b, o_n, o_c, stride_hb, stride_hn, m_rows, m_c, PER_TOKEN
-    )
+    b_scale = _load_modulation(p_scale, i_b, o_n, o_c, stride_sb, stride_sn, m_rows, m_c, PER_TOKEN)
+    b_shift = _load_modulation(p_shift, i_b, o_n, o_c, stride_hb, stride_hn, m_rows, m_c, PER_TOKEN)
     b_x_hat, _ = _normalise(b_x, m_c, C, eps)
     b_y = b_x_hat * (1.0 + b_scale) + b_shift
     # [BLOCK_N, BLOCK_C]
