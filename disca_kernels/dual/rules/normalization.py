@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Normalisations and softmax.
+
+Without the affine part, the Jacobians of layer norm and of softmax are symmetric matrices, so the
+backward kernel applied to a tangent instead of a gradient is the forward-mode derivative.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from disca_kernels.dual.registry import rule, spellings
+from disca_kernels.dual.tensor import split
+
+
+def _affine(
+    normal: Tensor | None, normal_dot: Tensor | None, weight: Any, bias: Any
+) -> Tensor | None:
+    """Tangent of ``normal * weight + bias``; ``normal`` is only needed for a weight tangent."""
+    (w, w_dot), (_, b_dot) = split(weight), split(bias)
+    out_dot = normal_dot if normal_dot is None or w is None else normal_dot * w
+    if w_dot is not None:
+        scaled = normal * w_dot  # type: ignore[operator]
+        out_dot = scaled if out_dot is None else out_dot + scaled
+    if b_dot is not None:
+        out_dot = b_dot if out_dot is None else out_dot + b_dot
+    return out_dot
+
+
+@rule(*spellings("layer_norm"), fused=True)
+def _layer_norm(
+    input: Any,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    (x, x_dot), w, b = split(input), split(weight)[0], split(bias)[0]
+    shape = list(normalized_shape)
+    # The call that functional.layer_norm makes; it also returns the statistics.
+    out, mean, rstd = torch.native_layer_norm(x, shape, w, b, eps)
+    with torch.no_grad():
+        normal_dot = None
+        if x_dot is not None:
+            normal_dot = torch.ops.aten.native_layer_norm_backward.default(
+                x_dot.to(x.dtype), x, shape, mean, rstd, None, None, [True, False, False]
+            )[0]
+        normal = (x - mean) * rstd if split(weight)[1] is not None else None
+        return out, _affine(normal, normal_dot, weight, bias)
+
+
+@rule(*spellings("rms_norm"))
+def _rms_norm(
+    out: Tensor, input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None
+) -> Tensor | None:
+    x, x_dot = split(input)
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    dims = list(range(-len(normalized_shape), 0))
+    epsilon = torch.finfo(wide.dtype).eps if eps is None else eps
+    rstd = torch.rsqrt(wide.square().mean(dims, keepdim=True) + epsilon)
+    normal = wide * rstd
+    normal_dot = None
+    if x_dot is not None:
+        along = (normal * x_dot).mean(dims, keepdim=True)
+        normal_dot = torch.addcmul(x_dot.to(wide.dtype), normal, along, value=-1).mul_(rstd)
+    return _affine(normal, normal_dot, weight, None)
+
+
+@rule(*spellings("softmax"))
+def _softmax(out: Tensor, input: Any, dim: int | None = None, *_: Any, **__: Any) -> Any:
+    if dim is None:
+        return NotImplemented
+    x_dot = split(input)[1].to(out.dtype)  # type: ignore[union-attr]
+    return torch._softmax_backward_data(x_dot, out, dim, out.dtype)  # type: ignore[attr-defined]
+
+
+@rule(*spellings("log_softmax"))
+def _log_softmax(out: Tensor, input: Any, dim: int | None = None, *_: Any, **__: Any) -> Any:
+    if dim is None:
+        return NotImplemented
+    x_dot = split(input)[1].to(out.dtype)  # type: ignore[union-attr]
+    return x_dot - (out.exp() * x_dot).sum(dim, keepdim=True)
