@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
+
 
 import torch
 import yaml
@@ -24,12 +25,14 @@ from disca.distill.config import (
     load_config,
 )
 from disca.errors import UserError
-from disca.eval.classifier import ClipClassifier
+from disca.eval.classifier import ClipClassifier, LabelledSource
 from disca.models.configs import DiTConfig
 from disca.models.dit import DiT
-from disca.models.predictor import Predictor
 
-__all__ = ["MODEL_FILE", "Bundle", "base_config", "build_stage", "export", "load_models"]
+if TYPE_CHECKING:
+    from disca.models.predictor import Predictor
+
+__all__ = ["MODEL_FILE", "Bundle", "base_config", "build_stage", "dit_config", "export", "labelled", "load_models"]
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.yaml"
@@ -61,6 +64,8 @@ class Bundle:
 
     def predictor(self, stage: str = "predictor") -> Predictor:
         """Return the predictor of a stage; see :meth:`dit`."""
+        from disca.models.predictor import Predictor
+
         return self._get(stage, Predictor)
 
     def classifier(self, stage: str = "classifier") -> ClipClassifier:
@@ -94,6 +99,17 @@ def base_config(config: RunConfig, source: ClipSource) -> DiTConfig:
     return DiTConfig.from_dict({**from_data, **config.model})
 
 
+def labelled(source: ClipSource) -> LabelledSource:
+    """Return the source as one that has labels.
+
+    Raises:
+        UserError: If it has none, so that no classifier can be trained on it.
+    """
+    if not hasattr(source, "label_sizes"):
+        raise UserError("a classifier stage needs data with labels, such as moving digits")
+    return cast(LabelledSource, source)
+
+
 def dit_config(base: DiTConfig, config: RunConfig, name: str) -> DiTConfig:
     """Return the configuration of the DiT that a stage trains, from what it starts from."""
     stage = config.stages[name]
@@ -110,8 +126,10 @@ def build_stage(base: DiTConfig, config: RunConfig, name: str, source: ClipSourc
     """Build the network that a stage trains, with fresh weights."""
     stage: Stage = config.stages[name]
     if isinstance(stage, ClassifierStage):
-        return ClipClassifier.for_source(source)
+        return ClipClassifier(source.shape[0], labelled(source).label_sizes)
     if isinstance(stage, PredictorStage):
+        from disca.models.predictor import Predictor
+
         host = dit_config(base, config, stage.host)
         return Predictor(host, depth=stage.depth, form=stage.form, block=stage.block)
     if not isinstance(stage, TrainerConfig):

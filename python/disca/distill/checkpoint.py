@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     temporary = path.with_name(f".{path.name}.tmp")
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(flat, temporary, {"format": _FORMAT, "metadata": _canonical(metadata)})
+    # safetensors makes files that nobody else may read.
+    temporary.chmod(0o644)
     _commit(temporary, path)
 
 
@@ -196,21 +198,28 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> di
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     module: nn.Module,
     tensors: Mapping[str, Tensor],
     source: str | Path,
 ) -> None:
-    """Put the state of :func:`optimizer_tensors` back, bit for bit.
+    """Put the state of :func:`optimizer_tensors` back, bit for bit, each to its optimiser.
 
     Raises:
         UserError: If a state tensor belongs to no parameter or does not fit it.
     """
     parameters = dict(module.named_parameters())
+    owners = {
+        parameter: optimizer
+        for optimizer in optimizers
+        for entry in optimizer.param_groups
+        for parameter in entry["params"]
+    }
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("/")
         parameter = parameters.get(name)
-        if parameter is None or value.dim() > 0 and value.shape != parameter.shape:
+        if parameter not in owners or value.dim() > 0 and value.shape != parameter.shape:
             raise UserError(f"{source}: optimiser state {full_name!r} fits no parameter")
+        assert parameter is not None
         device = parameter.device if value.dim() > 0 else value.device
-        optimizer.state[parameter][key] = value.to(device)
+        owners[parameter].state[parameter][key] = value.to(device)

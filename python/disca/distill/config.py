@@ -67,9 +67,14 @@ class TimeConfig(Settings):
 
 
 class OptimizerConfig(Settings):
-    """AdamW, learning-rate schedule, clipping and weight averaging of one module."""
+    """AdamW, learning-rate schedule, clipping and weight averaging of one module.
+
+    With `muon_lr` the matrices of the transformer blocks are trained by Muon at that rate, scaled
+    to the update size of AdamW, and only the rest by AdamW; both follow one schedule.
+    """
 
     lr: float = Field(1e-3, gt=0)
+    muon_lr: float | None = Field(None, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -80,24 +85,29 @@ class OptimizerConfig(Settings):
     ema: float | None = Field(0.999, gt=0, lt=1)
     ema_warmup: bool = True
 
-    def lr_at(self, step: int, total: int) -> float:
-        """Return the learning rate of a step: linear warm-up, then constant or half a cosine.
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Peak learning rates, AdamW's first, then Muon's if it is used."""
+        return (self.lr,) if self.muon_lr is None else (self.lr, self.muon_lr)
+
+    def lr_factor(self, step: int, total: int) -> float:
+        """Return the share of the peak rate at a step: linear warm-up, then constant or cosine.
 
         Args:
             step: Step, counted from 0.
             total: Steps of the stage.
 
         Returns:
-            ``lr * (step + 1) / warmup`` during warm-up; then lr, or for ``"cosine"``
-            ``lr * (f + (1 - f) * (1 + cos(pi * p)) / 2)`` with p the share done, f = final_lr.
+            ``(step + 1) / warmup`` during warm-up; then 1, or for ``"cosine"``
+            ``f + (1 - f) * (1 + cos(pi * p)) / 2`` with p the share done, f = final_lr.
         """
         if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
+            return (step + 1) / self.warmup
         if self.schedule == "constant":
-            return self.lr
+            return 1.0
         share = (step - self.warmup) / max(1, total - self.warmup)
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
-        return self.lr * (self.final_lr + (1.0 - self.final_lr) * cosine)
+        return self.final_lr + (1.0 - self.final_lr) * cosine
 
 
 class TrainerConfig(Settings):

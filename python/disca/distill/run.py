@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from disca.data.source import ClipSource, build_source
 from disca.distill import checkpoint as ckpt
@@ -23,6 +24,7 @@ from disca.distill.bundle import (
     build_stage,
     dit_config,
     export,
+    labelled,
     load_models,
     write_config,
 )
@@ -40,14 +42,11 @@ from disca.distill.config import (
 )
 from disca.distill.flow import TeacherTask
 from disca.distill.meanflow import MeanFlowTask
-from disca.distill.predictor import PredictorTask
 from disca.distill.trainer import Task, Trainer, require_same_config, step_generator
 from disca.errors import UserError
-from disca.eval.classifier import ClipClassifier, train_classifier
+from disca.eval.classifier import train_classifier
 from disca.models.configs import DiTConfig
-from disca.models.discriminator import Discriminator
 from disca.models.dit import DiT
-from disca.models.predictor import Predictor
 
 __all__ = ["Bundle", "export", "load_models", "train"]
 
@@ -178,18 +177,20 @@ class _Run:
         return str(ckpt.read_json(done).get("weights", ""))
 
     def _classifier(self, name: str, settings: ClassifierStage) -> nn.Module:
-        generator = step_generator(self.config.seed, name, 0, 0)
-        with torch.random.fork_rng():
-            torch.manual_seed(generator.initial_seed())
-            model: ClipClassifier = train_classifier(
-                self.source,
+        with tqdm(total=settings.steps, desc=name, unit="step", disable=not self.progress) as bar:
+
+            def show(step: int, loss: float) -> None:
+                bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+                bar.update(step - bar.n)
+
+            return train_classifier(
+                labelled(self.source),
                 steps=settings.steps,
                 batch=settings.batch,
-                lr=settings.lr,
                 seed=self.config.seed,
-                progress=self.progress,
+                learning_rate=settings.lr,
+                progress=show,
             )
-        return model
 
     def _train(
         self, name: str, settings: TrainerConfig, folder: Path, identity: Mapping[str, Any]
@@ -246,7 +247,11 @@ class _Run:
         )
         return student.to(self.config.device)
 
-    def _predictor_task(self, name: str, settings: PredictorStage) -> PredictorTask:
+    def _predictor_task(self, name: str, settings: PredictorStage) -> Task:
+        from disca.distill.predictor import PredictorTask
+        from disca.models.discriminator import Discriminator
+        from disca.models.predictor import Predictor
+
         host = self._load(settings.host)
         predictor = build_stage(self.model, self.config, name, self.source)
         if not isinstance(predictor, Predictor):

@@ -21,10 +21,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from disca.distill import checkpoint as ckpt
 from disca.distill.config import OptimizerConfig, TrainerConfig
+from disca.distill.group import ParameterGroup
 from disca.distill.logs import StepLog
 from disca.errors import UserError
 
@@ -92,74 +92,6 @@ def step_generator(seed: int, stage: str, step: int, micro: int) -> torch.Genera
     return torch.Generator().manual_seed(value)
 
 
-def _ema_update(decay: float, warmup: bool) -> Any:
-    """Return an AveragedModel update with rate ``min(decay, (1 + n) / (10 + n))`` if warming up."""
-
-    @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], count: Any) -> None:
-        n = float(count)
-        rate = min(decay, (1.0 + n) / (10.0 + n)) if warmup else decay
-        torch._foreach_lerp_(averaged, current, 1.0 - rate)
-
-    return update
-
-
-class _Group:
-    """A trainable module with its optimiser and averaged weights."""
-
-    def __init__(self, module: nn.Module, settings: OptimizerConfig, total: int) -> None:
-        self.module = module
-        self.settings = settings
-        self.total = total
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        self.parameters = [p for _, p in named]
-        decayed = [p for _, p in named if p.dim() > 1]
-        plain = [p for _, p in named if p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": settings.weight_decay},
-                {"params": plain, "weight_decay": 0.0},
-            ],
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=True,
-        )
-        self.averaged: AveragedModel | None = None
-        if settings.ema is not None:
-            self.averaged = AveragedModel(
-                module,
-                multi_avg_fn=_ema_update(settings.ema, settings.ema_warmup),
-                use_buffers=False,
-            ).requires_grad_(False)
-
-    def set_lr(self, step: int) -> float:
-        """Set and return the learning rate of a step (a closed form, so nothing to checkpoint)."""
-        lr = self.settings.lr_at(step, self.total)
-        for entry in self.optimizer.param_groups:
-            entry["lr"] = lr
-        return lr
-
-    def final(self) -> nn.Module:
-        """Return the weights to ship: the averaged ones if there are any."""
-        return self.module if self.averaged is None else self.averaged.module
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """Flatten the state to checkpoint names."""
-        flat = {f"model/{name}/{k}": v for k, v in self.module.state_dict().items()}
-        if self.averaged is not None:
-            flat |= {f"ema/{name}/{k}": v for k, v in self.averaged.state_dict().items()}
-        state = ckpt.optimizer_tensors(self.optimizer, self.module)
-        return flat | {f"optim/{name}/{k}": v for k, v in state.items()}
-
-    def restore(self, name: str, saved: ckpt.Checkpoint, path: Path) -> None:
-        """Take the state back from a checkpoint."""
-        ckpt.load_module(self.module, saved.section(f"model/{name}"), path)
-        if self.averaged is not None:
-            ckpt.load_module(self.averaged, saved.section(f"ema/{name}"), path)
-        ckpt.restore_optimizer(self.optimizer, self.module, saved.section(f"optim/{name}"), path)
-
-
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT instead of dying from them; yields the list of what came."""
@@ -211,7 +143,7 @@ class Trainer:
         self.identity = dict(identity)
         self.progress = progress
         self.groups = {
-            name: _Group(module, optimizers[name], settings.steps)
+            name: ParameterGroup(module, optimizers[name], settings.steps)
             for name, module in task.modules.items()
         }
         averaged = {n: g.averaged.module for n, g in self.groups.items() if g.averaged is not None}
@@ -294,16 +226,18 @@ class Trainer:
     def _update(self, phase: str, step: int) -> float:
         """Clip, check and apply the gradients of a group; return the norm before clipping."""
         group = self.groups[phase]
-        self.scaler.unscale_(group.optimizer)
+        for optimizer in group.optimizers:
+            self.scaler.unscale_(optimizer)
         limit = group.settings.clip
         norm = nn.utils.clip_grad_norm_(
             group.parameters, float("inf") if limit is None else limit, foreach=True
         )
         if not torch.isfinite(norm) and not self.scaler.is_enabled():
             raise NonFiniteError(self._explain_gradient(phase, step))
-        self.scaler.step(group.optimizer)
+        for optimizer in group.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
-        group.optimizer.zero_grad(set_to_none=True)
+        group.module.zero_grad(set_to_none=True)
         if group.averaged is not None:
             group.averaged.update_parameters(group.module)
         return float(norm)
