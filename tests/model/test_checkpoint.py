@@ -107,7 +107,7 @@ def test_optimiser_state_round_trip() -> None:
     assert set(state) == {f"{p}/{k}" for p in ("weight", "bias") for k in ("step", "exp_avg", "exp_avg_sq")}
     other, restored = made()
     other.load_state_dict(module.state_dict())
-    ckpt.restore_optimizer(restored, other, state, "file")
+    ckpt.restore_optimizer([restored], other, state, "file")
     step(module, optimizer)
     step(other, restored)
     assert torch.equal(module.weight, other.weight)
@@ -119,7 +119,7 @@ def test_optimiser_state_round_trip() -> None:
 def test_foreign_optimiser_state_is_refused(state: dict[str, torch.Tensor]) -> None:
     module = nn.Linear(3, 2)
     with pytest.raises(UserError, match="fits no parameter"):
-        ckpt.restore_optimizer(torch.optim.AdamW(module.parameters()), module, state, "file")
+        ckpt.restore_optimizer([torch.optim.AdamW(module.parameters())], module, state, "file")
 
 
 def test_hash_ignores_key_order_and_sees_values() -> None:

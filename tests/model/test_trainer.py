@@ -146,7 +146,13 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
 def test_randomness_is_a_function_of_the_arguments() -> None:
     draw = [
         torch.rand(3, generator=step_generator(*arguments))
-        for arguments in [(0, "a", 0, 0), (1, "a", 0, 0), (0, "b", 0, 0), (0, "a", 1, 0), (0, "a", 0, 1)]
+        for arguments in [
+            (0, "a", 0, 0),
+            (1, "a", 0, 0),
+            (0, "b", 0, 0),
+            (0, "a", 1, 0),
+            (0, "a", 0, 1),
+        ]
     ]
     assert torch.equal(draw[0], torch.rand(3, generator=step_generator(0, "a", 0, 0)))
     for i in range(1, len(draw)):
@@ -259,9 +265,37 @@ def test_other_configuration_is_refused(tmp_path: Path) -> None:
 )
 def test_cosine_schedule(step: int, expected: float) -> None:
     settings = OptimizerConfig(lr=1.0, schedule="cosine", warmup=4, final_lr=0.1)
-    assert settings.lr_at(step, 12) == pytest.approx(expected)
+    assert settings.lr * settings.lr_factor(step, 12) == pytest.approx(expected)
 
 
 def test_constant_schedule() -> None:
     settings = OptimizerConfig(lr=0.3, warmup=2)
-    assert [settings.lr_at(s, 5) for s in range(4)] == pytest.approx([0.15, 0.3, 0.3, 0.3])
+    assert [settings.lr * settings.lr_factor(s, 5) for s in range(4)] == pytest.approx(
+        [0.15, 0.3, 0.3, 0.3]
+    )
+
+
+class BlockToy(Toy):
+    """The toy with a matrix that is a transformer block's by name."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        net = nn.ModuleDict({"single_blocks": self.modules["model"]})
+        net.forward = net["single_blocks"].forward
+        self.modules = {"model": net}
+
+
+def test_muon_trains_the_block_matrices_and_resumes_exactly(tmp_path: Path) -> None:
+    settings = OptimizerConfig(lr=1e-2, muon_lr=2e-2, schedule="cosine")
+    whole, halted = tmp_path / "whole", tmp_path / "halted"
+    for folder in (whole, halted):
+        folder.mkdir()
+    trainer = make(whole, BlockToy(), optimizer=settings)
+    adamw, muon = trainer.groups["model"].optimizers
+    assert [p.dim() for e in muon.param_groups for p in e["params"]] == [2, 2]
+    assert all(p.dim() == 1 for e in adamw.param_groups for p in e["params"])
+    expected = trainer.fit()["model"].state_dict()
+    with pytest.raises(RuntimeError, match="power cut"):
+        make(halted, BlockToy(accident="error", at=5), optimizer=settings).fit()
+    found = make(halted, BlockToy(), optimizer=settings).fit()["model"].state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

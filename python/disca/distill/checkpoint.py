@@ -218,7 +218,7 @@ def restore_optimizer(
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("/")
         parameter = parameters.get(name)
-        if parameter not in owners or value.dim() > 0 and value.shape != parameter.shape:
+        if parameter not in owners or (value.dim() > 0 and value.shape != parameter.shape):
             raise UserError(f"{source}: optimiser state {full_name!r} fits no parameter")
         assert parameter is not None
         device = parameter.device if value.dim() > 0 else value.device
