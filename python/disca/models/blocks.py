@@ -124,7 +124,7 @@ class SingleBlock(nn.Module):
         qkv = F.linear(x, weight, bias)
         qkv = qkv.view(*qkv.shape[:2], 3, self.heads, -1)
         norms = torch.stack((self.q_norm.weight, self.k_norm.weight))
-        qk, v = torch.split(qkv, (2, 1), dim=2)
+        qk, v = torch.split(qkv, [2, 1], dim=2)
         q, k = normalise_and_rotate(qk, norms, state.rope).unbind(2)
         attended = _attend(q, k, v.squeeze(2), state.kv_lengths)
         return F.linear(attended, self.linear2.weight[:, : self.hidden])
@@ -222,7 +222,7 @@ class DoubleBlock(nn.Module):
             k = normalise_and_rotate(k, k_weight.unsqueeze(0), rope)
             return q.squeeze(2), k.squeeze(2), v.squeeze(2)
         qkv = self._part(stream, "attn_qkv")(x)
-        qk, v = torch.split(qkv.view(*qkv.shape[:2], 3, self.heads, -1), (2, 1), dim=2)
+        qk, v = torch.split(qkv.view(*qkv.shape[:2], 3, self.heads, -1), [2, 1], dim=2)
         q, k = normalise_and_rotate(qk, torch.stack((q_weight, k_weight)), rope).unbind(2)
         return q, k, v.squeeze(2)
 
