@@ -79,8 +79,8 @@ def train(
     if (preset is None) == (config is None):
         raise UserError("give either --preset NAME or --config FILE")
     nested = _nested(changes or [])
-    from disca.distill import load_config
-    from disca.distill import train as run
+    from disca.distill.config import load_config
+    from disca.distill.run import train as run
 
     if config is not None and config.suffix not in (".yaml", ".yml"):
         raise UserError(f"--config takes a YAML file (.yaml or .yml), got {config}")

@@ -20,6 +20,7 @@ def scores(seed, semantic, error=None):
         digit=semantic,
         direction=1.0,
         speed=1.0,
+        joint=semantic,
         frechet=2.5,
         error_uncached=error,
     )

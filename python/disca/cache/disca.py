@@ -12,7 +12,7 @@ from disca.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from disca.models.host import State
+    from disca.models.state import State
 
 __all__ = ["LearnedPredictor"]
 

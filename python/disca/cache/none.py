@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from disca.cache.policy import CacheReport, Decision
 
 if TYPE_CHECKING:
-    from disca.models.host import Host, State
+    from disca.models.host import Host
+    from disca.models.state import State
 
 __all__ = ["NoCache"]
 

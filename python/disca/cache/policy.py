@@ -13,7 +13,8 @@ from disca.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from disca.models.host import Host, State
+    from disca.models.host import Host
+    from disca.models.state import State
 
 __all__ = ["CacheReport", "Decision", "OneTensorCache", "Policy"]
 

@@ -10,7 +10,7 @@ from disca.cache.policy import OneTensorCache
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from disca.models.host import State
+    from disca.models.state import State
 
 __all__ = ["Reuse"]
 

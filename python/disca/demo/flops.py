@@ -31,7 +31,8 @@ def count_flops(call: Callable[[], Any]) -> int:
     Returns:
         The number of operations.
     """
-    with torch.no_grad(), _Counter() as counter:
+    counter = _Counter()
+    with torch.no_grad(), counter:
         call()
     return counter.total
 

@@ -18,8 +18,10 @@ METRICS = (
     "digit",
     "direction",
     "speed",
+    "joint",
     "frechet",
     "error_uncached",
+    "jitter_uncached",
     "error_teacher",
 )
 """The scores of one seed, in the order of the table."""
@@ -60,8 +62,10 @@ class SeedScores(_Record):
         digit: share of clips whose digit the classifier reads as the prompt says.
         direction: the same for the direction.
         speed: the same for the speed.
+        joint: share of clips with all three right.
         frechet: Fréchet distance to real held-out clips in the classifier's features.
         error_uncached: relative squared error to the same seed without the cache.
+        jitter_uncached: the same error of the differences from frame to frame.
         error_teacher: relative squared error to the same seed of the 50x2-pass teacher.
     """
 
@@ -70,8 +74,10 @@ class SeedScores(_Record):
     digit: float
     direction: float
     speed: float
+    joint: float
     frechet: float
     error_uncached: float | None = None
+    jitter_uncached: float | None = None
     error_teacher: float | None = None
 
 

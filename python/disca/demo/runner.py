@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from disca.demo.methods import Method, default_methods, run_method
 from disca.demo.results import Results, Row, SeedScores, Timing, summarise
 from disca.demo.timing import measure_methods
 from disca.errors import UserError
-from disca.eval.scores import frechet_distance, relative_error, semantic_score
+from disca.eval.scores import frechet_distance, jitter, relative_error, semantic_score
 from disca.sample import resolve_full_steps
 from disca_kernels.env import collect
 
@@ -94,6 +95,9 @@ class _Measured:
     clips: dict[str, Tensor] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)
 
+    def add(self, key: str, scores: SeedScores) -> None:
+        self.scores.setdefault(key, []).append(scores)
+
 
 def evaluate(
     suite: Suite,
@@ -140,6 +144,8 @@ def evaluate(
         bar.set_description("timing")
         seconds = _time_rows(suite, rows, settings, advance)
     environment = collect()
+    base = (flops[rows[0].key], seconds[rows[0].key])
+    at_once = min(settings.batch, settings.clips)
     results = Results(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=environment["versions"],
@@ -147,7 +153,10 @@ def evaluate(
         settings={**asdict(settings), "seeds": list(settings.seeds), **suite.sampling.model_dump()},
         models=_describe(suite, settings),
         rows=[
-            *(_row(method, measured, seconds, flops, rows[0].key) for method in rows),
+            *(
+                _row(method, measured, seconds[method.key], flops[method.key], base, at_once)
+                for method in rows
+            ),
             _real_row(measured),
         ],
     )
@@ -170,28 +179,40 @@ def _score_seeds(
     )
     target = classifier.embed(reference.clips)
     for seed in settings.seeds:
-        real = suite.source.sample(settings.clips, _generator(seed, _PROMPTS), split="test")
-        noise = torch.randn(real.clips.shape, generator=_generator(seed, _NOISE))
+        real, noise = _inputs(suite, settings.clips, seed)
+        if real.labels is None:
+            raise UserError("the scores need labelled clips, such as the moving digits")
         samples: dict[str, Tensor] = {}
         for method in methods:
-            done = run_method(
-                suite,
-                method,
-                noise,
-                real.condition,
-                batch=settings.batch,
-                advance=lambda clips, key=method.key: advance(key, clips),
-            )
-            samples[method.key] = done.x
-            measured.counts[method.key] = done
+            samples[method.key] = _sample(suite, method, noise, real, settings, advance, measured)
+        for method in methods:
+            scores = _scores(seed, classifier, samples[method.key], real.labels, target)
+            errors = _errors(method, samples, methods[0].key)
+            measured.add(method.key, scores.model_copy(update=errors))
+        measured.add("real", _scores(seed, classifier, real.clips, real.labels, target))
         _keep(measured, methods, samples, real, suite, settings.shown)
-        samples["real"] = real.clips
-        for key, clips in samples.items():
-            method_of = {method.key: method for method in methods}.get(key)
-            scores = _scores(classifier, clips, real, target)
-            errors = _errors(method_of, samples, methods[0].key)
-            measured.scores.setdefault(key, []).append(SeedScores(seed=seed, **scores, **errors))
     return measured
+
+
+def _sample(
+    suite: Suite,
+    method: Method,
+    noise: Tensor,
+    real: ClipBatch,
+    settings: EvaluationSettings,
+    advance: Callable[[str, int], None],
+    measured: _Measured,
+) -> Tensor:
+    result = run_method(
+        suite,
+        method,
+        noise,
+        real.condition,
+        batch=settings.batch,
+        advance=partial(advance, method.key),
+    )
+    measured.counts[method.key] = result
+    return result.x
 
 
 def _keep(
@@ -214,22 +235,28 @@ REAL_LABEL = "Real held-out clips"
 
 
 def _scores(
-    classifier: ClipClassifier, clips: Tensor, real: ClipBatch, target: Tensor
-) -> dict[str, float]:
-    assert real.labels is not None
-    shares = semantic_score(classifier, clips, real.labels)
-    return {**shares, "frechet": frechet_distance(classifier.embed(clips), target)}
+    seed: int, classifier: ClipClassifier, clips: Tensor, labels: Tensor, target: Tensor
+) -> SeedScores:
+    score = semantic_score(classifier, clips, labels)
+    return SeedScores(
+        seed=seed,
+        semantic=score.mean,
+        digit=score.digit,
+        direction=score.direction,
+        speed=score.speed,
+        joint=score.joint,
+        frechet=frechet_distance(classifier.embed(clips), target),
+    )
 
 
 def _errors(
-    method: Method | None, samples: Mapping[str, Tensor], reference: str
+    method: Method, samples: Mapping[str, Tensor], reference: str
 ) -> dict[str, float | None]:
-    if method is None:
-        return {}
     x = samples[method.key]
     errors: dict[str, float | None] = {}
     if method.uncached is not None:
         errors["error_uncached"] = relative_error(x, samples[method.uncached])
+        errors["jitter_uncached"] = jitter(x, samples[method.uncached])
     if method.key != reference:
         errors["error_teacher"] = relative_error(x, samples[reference])
     return errors
@@ -241,7 +268,7 @@ def _time_rows(
     settings: EvaluationSettings,
     advance: Callable[[str, int], None],
 ) -> dict[str, list[float]]:
-    noise, batch = _timing_inputs(suite, settings)
+    batch, noise = _inputs(suite, settings.timing_batch, 0)
     return measure_methods(
         suite,
         list(methods),
@@ -252,25 +279,27 @@ def _time_rows(
     )
 
 
-def _timing_inputs(suite: Suite, settings: EvaluationSettings) -> tuple[Tensor, ClipBatch]:
-    batch = suite.source.sample(settings.timing_batch, _generator(0, _PROMPTS), split="test")
-    return torch.randn(batch.clips.shape, generator=_generator(0, _NOISE)), batch
+def _inputs(suite: Suite, clips: int, seed: int) -> tuple[ClipBatch, Tensor]:
+    """Draw a seed's real clips with their prompts, and its noise."""
+    real = suite.source.sample(clips, _generator(seed, _PROMPTS), split="test")
+    return real, torch.randn(real.clips.shape, generator=_generator(seed, _NOISE))
 
 
 def _describe(suite: Suite, settings: EvaluationSettings) -> dict[str, Any]:
-    noise, batch = _timing_inputs(suite, settings)
+    batch, noise = _inputs(suite, settings.timing_batch, 0)
     return describe_models(suite, noise, batch.condition, max(10, settings.repeats))
 
 
 def _row(
     method: Method,
     measured: _Measured,
-    seconds: Mapping[str, list[float]],
-    flops: Mapping[str, int],
-    reference: str,
+    seconds: Sequence[float],
+    flops: int,
+    reference: tuple[int, Sequence[float]],
+    at_once: int,
 ) -> Row:
+    """Put a method's row together; ``reference`` has the first row's operations and seconds."""
     counts = measured.counts[method.key]
-    pairs = zip(seconds[reference], seconds[method.key], strict=True)
     full = method.full_steps
     return Row(
         key=method.key,
@@ -280,11 +309,11 @@ def _row(
         full_steps=None if full is None else list(resolve_full_steps(full, method.steps)),
         full_passes=counts.full_passes,
         predictor_passes=counts.predictor_passes,
-        cache_bytes=counts.cache_bytes,
-        flops=flops[method.key],
-        theoretical_speedup=flops[reference] / flops[method.key],
-        seconds=Timing.of(seconds[method.key]),
-        measured_speedup=Timing.of(slow / fast for slow, fast in pairs),
+        cache_bytes=counts.cache_bytes // at_once,
+        flops=flops,
+        theoretical_speedup=reference[0] / flops,
+        seconds=Timing.of(seconds),
+        measured_speedup=Timing.of(a / b for a, b in zip(reference[1], seconds, strict=True)),
         per_seed=measured.scores[method.key],
         summary=summarise(measured.scores[method.key]),
     )

@@ -150,7 +150,7 @@ def load_suite(folder: Path | None = None, **changes: object) -> Suite:
 
 
 def _sampling(path: Path, changes: Mapping[str, object]) -> Sampling:
-    values = {}
+    values: dict[str, object] = {}
     if path.is_file():
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}

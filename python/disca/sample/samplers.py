@@ -19,7 +19,8 @@ from disca.sample.steps import resolve_full_steps
 
 if TYPE_CHECKING:
     from disca.models.condition import Condition
-    from disca.models.host import Host, State
+    from disca.models.host import Host
+    from disca.models.state import State
 
 __all__ = [
     "SampleResult",
