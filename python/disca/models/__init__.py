@@ -3,8 +3,10 @@
 
 from disca.models.condition import Condition
 from disca.models.configs import DiTConfig, hunyuan_video_1_0, hunyuan_video_1_5
-from disca.models.dit import DiT
+from disca.models.discriminator import Discriminator
+from disca.models.dit import DiT, load_dit
 from disca.models.host import Block, Host
+from disca.models.predictor import Predictor, load_predictor
 from disca.models.state import State
 
 __all__ = [
@@ -12,8 +14,12 @@ __all__ = [
     "Condition",
     "DiT",
     "DiTConfig",
+    "Discriminator",
     "Host",
+    "Predictor",
     "State",
     "hunyuan_video_1_0",
     "hunyuan_video_1_5",
+    "load_dit",
+    "load_predictor",
 ]

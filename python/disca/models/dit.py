@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Video diffusion transformer in HunyuanVideo's shape, at any size."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +27,9 @@ from disca.models.init import initialise, zero_linear
 from disca.models.inputs import check_inputs
 from disca.models.rope import rope_tables
 from disca.models.state import State
+from disca.models.weights import canonical_keys, fill_from, read_state_dict
 
-__all__ = ["DiT"]
+__all__ = ["DiT", "load_dit"]
 
 # Inner width of the byT5 mapper in the released HunyuanVideo-1.5, whatever the token width.
 _GLYPH_INNER = 2048
@@ -331,3 +334,24 @@ class DiT(nn.Module):
         order = torch.argsort(~valid, dim=1, stable=True).unsqueeze(-1)
         joined = torch.cat(parts, dim=1)
         return joined.gather(1, order.expand_as(joined)), valid.sum(dim=1)
+
+
+def load_dit(source: str | Path | Mapping[str, Any], config: DiTConfig) -> DiT:
+    """Build a DiT from released or own weights.
+
+    Args:
+        source: a safetensors or PyTorch file, or a state dictionary; merged or split names, wrapped
+            or not, see `canonical_keys`.
+        config: shape of the model; its switches must match the weights.
+
+    Returns:
+        The model on the CPU, in the dtype of the weights.
+
+    Raises:
+        UserError: if the file cannot be read, or keys or shapes do not fit; they are listed.
+    """
+    raw = source if isinstance(source, Mapping) else read_state_dict(source)
+    state = canonical_keys(raw, split_qkv=config.split_qkv)
+    with torch.device("meta"):
+        model = DiT(config)
+    return fill_from(model, state, what="DiT")
