@@ -6,6 +6,7 @@ The same results as `reference.py` in fewer passes over the [Nq, Nk] matrices.
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from disca_kernels.ops.attention.reference import attention_mask, compute_dtype
@@ -14,7 +15,8 @@ _MASKED = -1e30
 _MATMUL_LIMIT = 512 * 512
 """Scores per head up to which saving P beats recomputing it in the backward pass on a CPU."""
 
-Tensors = tuple[Tensor, ...]
+Primals = tuple[Tensor, Tensor, Tensor]
+Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -52,8 +54,8 @@ def _finish(o: Tensor, like: Tensor, dead: Tensor | None) -> Tensor:
 
 def _tangent(
     p: Tensor,
-    primals: tuple[Tensor, Tensor, Tensor],
-    tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
+    primals: Primals,
+    tangents: Tangents,
     scale: float,
 ) -> Tensor:
     """Return `(P * (S_dot - c)) v + P v_dot` of [B * H, Nq, D] with c = rowsum(P * S_dot)."""
@@ -74,6 +76,13 @@ def _tangent(
     return torch.zeros_like(q) if o_dot is None else o_dot
 
 
+def _transformed(*tensors: Tensor) -> bool:
+    """Return whether a `torch.func` transform is at work on one of these."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(is_functorch_wrapped_tensor(x) for x in tensors)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, kv_lengths: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
@@ -81,27 +90,53 @@ def forward(
     mask = attention_mask(q.shape[2], k.shape[2], kv_lengths, causal, q.device)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     short = q.device.type == "cpu" and q.shape[2] * k.shape[2] <= _MATMUL_LIMIT
-    if needs_grad and short:
+    # PyTorch's attention on a CPU runs one sample at a time under vmap.
+    if (needs_grad or _transformed(q, k, v)) and short:
         dead = _dead_rows(q, k, kv_lengths, mask)
-        return _finish(torch.bmm(_probabilities(q, k, mask, scale), _rows(v)), q, dead)
+        with torch.autocast(q.device.type, enabled=False):
+            return _finish(torch.bmm(_probabilities(q, k, mask, scale), _rows(v)), q, dead)
     if causal and kv_lengths is None and q.shape[2] == k.shape[2]:
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
 
+def gradient(
+    do: Tensor, primals: Primals, kv_lengths: Tensor | None, causal: bool, scale: float
+) -> Primals:
+    """Compute dq, dk and dv in differentiable operations, from P computed again."""
+    q, k, v = primals
+    mask = attention_mask(q.shape[2], k.shape[2], kv_lengths, causal, q.device)
+    dead = _dead_rows(q, k, kv_lengths, mask)
+    with torch.autocast(q.device.type, enabled=False):
+        p = _probabilities(q, k, mask, scale)
+        do3 = _rows(do if dead is None else do.masked_fill(dead, 0.0))
+        dp = torch.bmm(do3, _rows(v).mT)
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+        dq, dk, dv = torch.bmm(ds, _rows(k)), torch.bmm(ds.mT, _rows(q)), torch.bmm(p.mT, do3)
+    return _finish(dq, q, None), _finish(dk, k, None), _finish(dv, v, None)
+
+
+def tangent(
+    primals: Primals, tangents: Tangents, kv_lengths: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """Compute o_dot alone."""
+    q, k, _ = primals
+    mask = attention_mask(q.shape[2], k.shape[2], kv_lengths, causal, q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        p = _probabilities(q, k, mask, scale)
+        return _finish(_tangent(p, primals, tangents, scale), q, _dead_rows(q, k, kv_lengths, mask))
+
+
 def value_and_tangent(
-    primals: tuple[Tensor, Tensor, Tensor],
-    tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
-    kv_lengths: Tensor | None,
-    causal: bool,
-    scale: float,
+    primals: Primals, tangents: Tangents, kv_lengths: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Compute attention and its tangent from one softmax; autograd tracks the value alone."""
     q, k, v = primals
     mask = attention_mask(q.shape[2], k.shape[2], kv_lengths, causal, q.device)
     dead = _dead_rows(q, k, kv_lengths, mask)
-    p = _probabilities(q, k, mask, scale)
-    o = _finish(torch.bmm(p, _rows(v)), q, dead)
-    with torch.no_grad():
-        o_dot = _finish(_tangent(p, primals, tangents, scale), q, dead)
-    return o, o_dot.detach()
+    with torch.autocast(q.device.type, enabled=False):
+        p = _probabilities(q, k, mask, scale)
+        o = _finish(torch.bmm(p, _rows(v)), q, dead)
+        with torch.no_grad():
+            o_dot = _finish(_tangent(p, primals, tangents, scale), q, dead)
+    return o, o_dot
