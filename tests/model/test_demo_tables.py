@@ -76,6 +76,13 @@ def results():
         models={
             "host": {"parameters": 100, "flops": 10**9},
             "predictors": {"paper": predictor},
+            "paths": {
+                "stage": "cfg",
+                "steps": 50,
+                "detour": 0.25,
+                "turning": 0.01,
+                "straightness": 0.5,
+            },
         },
         rows=rows,
     )
@@ -137,6 +144,7 @@ def test_docs_section_says_how(results):
     assert "seeds 0, 1, 2: mean ± sample standard deviation" in text
     assert "5.0 % of the host's" in text
     assert "torch 2.13.0" in text
+    assert "detour 0.250" in text
     assert "diffusers" not in text
 
 

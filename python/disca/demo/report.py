@@ -151,7 +151,7 @@ def _mark(axis: Any, row: Row, metric: str, scale: float) -> None:
         label=_FAMILIES.get(family, row.label),
     )
     axis.annotate(
-        row.label.split(", ", 1)[-1] if family not in ("disca", "reuse") else row.key,
+        row.label.rsplit(", ", 1)[-1] if family not in ("disca", "reuse") else row.key,
         (speed.median, mean),
         textcoords="offset points",
         xytext=(5, 4),

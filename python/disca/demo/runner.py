@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from disca.demo.costs import describe_models, method_flops
+from disca.demo.costs import describe_models, method_flops, path_curvature
 from disca.demo.methods import Method, default_methods, run_method
 from disca.demo.results import Results, Row, SeedScores, Timing, summarise
 from disca.demo.timing import measure_methods
@@ -32,6 +32,9 @@ __all__ = ["Evaluation", "EvaluationSettings", "evaluate"]
 
 # Distinguishes the random streams of one seed: prompts with real clips, noise, reference clips.
 _PROMPTS, _NOISE, _REFERENCE = 0, 1, 2
+
+# Steps of the paths whose curvature is reported.
+_PATH_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def evaluate(
             bar.update(flops[key] * clips)
 
         measured = _score_seeds(suite, suite.classifier, rows, settings, advance)
-        bar.set_description("timing")
+        bar.set_description_str("timing")
         seconds = _time_rows(suite, rows, settings, advance)
     environment = collect()
     base = (flops[rows[0].key], seconds[rows[0].key])
@@ -287,7 +290,9 @@ def _inputs(suite: Suite, clips: int, seed: int) -> tuple[ClipBatch, Tensor]:
 
 def _describe(suite: Suite, settings: EvaluationSettings) -> dict[str, Any]:
     batch, noise = _inputs(suite, settings.timing_batch, 0)
-    return describe_models(suite, noise, batch.condition, max(10, settings.repeats))
+    described = describe_models(suite, noise, batch.condition, max(10, settings.repeats))
+    paths = path_curvature(suite, "cfg", _PATH_STEPS, noise, batch.condition)
+    return {**described, "paths": {"stage": "cfg", "steps": _PATH_STEPS, **paths}}
 
 
 def _row(

@@ -66,15 +66,21 @@ def model_lines(results: Results) -> list[str]:
     models, settings = results.models, results.settings
     lines = [
         f"Host: {models['host']['parameters']:,} parameters, "
-        f"{models['host']['flops'] / 1e9:.3f} GFLOP a pass and clip."
+        f"{models['host']['flops'] / 1e6:,.1f} MFLOP a pass and clip."
     ]
     for form, entry in models["predictors"].items():
         lines.append(
             f"Predictor ({form} form): {entry['parameters']:,} parameters, "
             f"{100 * entry['parameter_share']:.1f} % of the host's; a predicted step takes "
-            f"{100 * entry['time_share']:.1f} % of a full step's time and "
+            f"{100 * entry['time_share']:.1f} % of a full step's time (fastest of each) and "
             f"{100 * entry['flop_share']:.1f} % of its operations."
         )
+    paths = models["paths"]
+    lines.append(
+        f"Paths of the {paths['stage']} stage in {paths['steps']} steps (0 is straight): "
+        f"detour {paths['detour']:.3f}, turning {paths['turning']:.4f}, "
+        f"straightness {paths['straightness']:.3f}."
+    )
     seeds = settings["seeds"]
     lines.append(
         f"Scores: {settings['clips']} clips a seed, {_seeds(seeds)}; speed-ups: median "
