@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from disca_kernels.dual.registry import add_handler, refusing_handler
+from disca_kernels.dual.registry import add_handler, constant_handler, refusing_handler
 from disca_kernels.dual.tensor import (
     HANDLERS,
     DualTensor,
@@ -23,20 +25,23 @@ from disca_kernels.dual.tensor import (
 
 _OWN_NAMESPACES = ("aten", "prim", "prims")
 _INPLACE = refusing_handler(
-    "writes in place, which would leave another tensor without its tangent; use the form that "
-    "returns a new tensor"
+    "it writes in place, which would leave a tensor without its tangent. Use the form that "
+    "returns a new tensor."
 )
-_OPAQUE_REASON = (
-    "is an operator from torch.library, which has no forward-mode derivative: its tangent would "
-    "silently be zero. Give it one with dual.rule"
+_OPAQUE = refusing_handler(
+    "an operator from torch.library has no forward-mode derivative, and its tangent would "
+    "silently be zero. Give it one with dual.rule."
 )
-_OPAQUE = refusing_handler(_OPAQUE_REASON)
 
 
 def find_handler(func: Any) -> Callable[..., Any]:
     """Choose, once per function, what a call without a rule does."""
+    name = getattr(func, "__name__", "")
+    handler: Callable[..., Any]
     if _writes_in_place(func):
-        handler: Callable[..., Any] = _INPLACE
+        handler = _INPLACE
+    elif name == "__get__" or name.startswith("is_"):
+        handler = constant_handler  # attributes and queries of the value
     elif _is_opaque(func):
         handler = _OPAQUE
     else:
@@ -46,54 +51,96 @@ def find_handler(func: Any) -> Callable[..., Any]:
 
 
 def call_through_func_jvp(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Value and tangent of one call by ``torch.func.jvp``; the tangent is detached.
+    """Value by the function itself, tangent by ``torch.func.jvp`` of a second evaluation.
 
-    One evaluation gives both, so a random function draws the same numbers for value and tangent.
+    The second evaluation runs without gradients, so that nothing of it can be kept, and draws the
+    same random numbers. One evaluation for both would be cheaper, but what PyTorch then saves for
+    the backward pass of the value holds on to the tangent.
     """
-    if kwargs.get("out") is not None:
-        return _INPLACE(func, args, kwargs)
+    before = _random_states(args, kwargs)
+    out = func(*primals_of(args), **primals_of(kwargs))
+    flat, spec = pytree.tree_flatten(out)
+    if any(isinstance(leaf, int | float | complex) for leaf in flat):
+        raise TangentError(
+            f"{function_name(func)} returned a plain number, which cannot carry a tangent. "
+            "Keep it a tensor, or call x.detach() first if that is meant."
+        )
+    if not any(isinstance(leaf, Tensor) and _has_tangent(leaf) for leaf in flat):
+        return out
+    with torch.no_grad(), _replayed(before):
+        dots = iter(tangents_by_func_jvp(func, args, kwargs))
+    joined = []
+    for leaf in flat:
+        dot = next(dots) if isinstance(leaf, Tensor) else None
+        joined.append(leaf if dot is None or not _has_tangent(leaf) else make_dual(leaf, dot))
+    return pytree.tree_unflatten(joined, spec)
+
+
+def tangents_by_func_jvp(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    """The tangents of the tensors that a call returns, in their flattened order."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if type(leaf) is DualTensor]
-    duals = [leaves[i] for i in places]
-    constant: list[Any] = []
 
     def call(*values: Tensor) -> tuple[Tensor, ...]:
+        replaced = list(leaves)
         for place, value in zip(places, values, strict=True):
-            leaves[place] = value
-        call_args, call_kwargs = pytree.tree_unflatten(leaves, spec)
-        flat, out_spec = pytree.tree_flatten(func(*call_args, **call_kwargs))
-        constant[:] = [flat, out_spec]
-        return tuple(leaf for leaf in flat if isinstance(leaf, Tensor))
+            replaced[place] = value
+        call_args, call_kwargs = pytree.tree_unflatten(replaced, spec)
+        results = pytree.tree_leaves(func(*call_args, **call_kwargs))
+        return tuple(leaf for leaf in results if isinstance(leaf, Tensor))
 
+    primals = tuple(leaves[place]._primal.detach() for place in places)
+    tangents = tuple(leaves[place]._tangent for place in places)
     try:
-        with _RefuseOpaque():
-            outs, dots = torch.func.jvp(
-                call, tuple(d._primal for d in duals), tuple(d._tangent for d in duals)
-            )
+        # PyTorch's fast attention kernels have no forward mode; the plain one has.
+        with _RefuseOpaque(), sdpa_kernel(SDPBackend.MATH):
+            dots: tuple[Tensor, ...] = torch.func.jvp(call, primals, tangents)[1]
+            return dots
     except TangentError:
         raise
-    except (NotImplementedError, RuntimeError, ValueError) as error:
-        # The call may be wrong in itself, and then its own error is the useful one.
-        func(*primals_of(args), **primals_of(kwargs))
+    except (NotImplementedError, RuntimeError) as error:
         raise TangentError(
             f"{function_name(func)} has no tangent rule, and torch.func.jvp of it failed: {error}. "
             "Register a rule with dual.rule."
         ) from error
-    flat, out_spec = constant
-    if any(isinstance(leaf, int | float | complex) for leaf in flat):
-        raise TangentError(
-            f"{function_name(func)} returned a plain number, which cannot carry a tangent. "
-            "Keep it a tensor, or pass x.detach() if that is meant."
-        )
-    pairs = iter(zip(outs, dots, strict=True))
-    joined = [_join(*next(pairs)) if isinstance(leaf, Tensor) else leaf for leaf in flat]
-    return pytree.tree_unflatten(joined, out_spec)
 
 
-def _join(out: Tensor, out_dot: Tensor) -> Tensor:
-    if not (out.is_floating_point() or out.is_complex()):
-        return out
-    return make_dual(out, out_dot.detach())
+def _has_tangent(out: Tensor) -> bool:
+    return out.is_floating_point() or out.is_complex()
+
+
+def _random_states(args: Any, kwargs: Any) -> dict[torch.device, Tensor]:
+    """The state of the random generators that a call may draw from, by device."""
+    states = {torch.device("cpu"): torch.get_rng_state()}
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.is_cuda and leaf.device not in states:
+            states[leaf.device] = torch.cuda.get_rng_state(leaf.device)
+    return states
+
+
+@contextmanager
+def _replayed(before: dict[torch.device, Tensor]) -> Iterator[None]:
+    """Draw from earlier states of the generators, then go on from where they are now."""
+    now = {
+        device: torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+        for device in before
+    }
+    moved = [device for device in before if not torch.equal(before[device], now[device])]
+    _set_random_states({device: before[device] for device in moved})
+    try:
+        yield
+    finally:
+        _set_random_states({device: now[device] for device in moved})
+
+
+def _set_random_states(states: dict[torch.device, Tensor]) -> None:
+    for device, state in states.items():
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.set_rng_state(state)
 
 
 class _RefuseOpaque(TorchFunctionMode):
@@ -110,7 +157,7 @@ class _RefuseOpaque(TorchFunctionMode):
             isinstance(leaf, Tensor) and torch._C._functorch.is_gradtrackingtensor(leaf)
             for leaf in pytree.tree_leaves((args, kwargs))
         ):
-            raise TangentError(f"{function_name(func)} {_OPAQUE_REASON}")
+            _OPAQUE(func, args, {})
         return func(*args, **(kwargs or {}))
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 from torch.nn import functional
 
 from disca_kernels.dual.tensor import (
@@ -113,12 +114,13 @@ def fused_handler(body: Callable[..., Any]) -> Callable[..., Any]:
 
 def linear_handler(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Apply a function that is linear in its first argument to value and tangent alike."""
-    x = args[0] if args else None
+    if not args:
+        args, kwargs = _first_positional(kwargs)
+    x = args[0]
     rest = primals_of(args[1:])
-    kwargs = primals_of(kwargs) if kwargs else kwargs
+    if kwargs:
+        kwargs = primals_of(kwargs)
     if type(x) is not DualTensor:
-        if x is None:
-            return _linear_by_keyword(func, kwargs)
         return func(x, *rest, **kwargs)
     out = func(x._primal, *rest, **kwargs)
     grad = _is_grad_enabled()
@@ -135,8 +137,7 @@ def linear_handler(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def list_handler(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Apply a function that is linear in a list of tensors to values and tangents alike."""
     if not args:
-        key = "tensors" if "tensors" in kwargs else "input"
-        args, kwargs = (kwargs[key],), {k: v for k, v in kwargs.items() if k != key}
+        args, kwargs = _first_positional(kwargs)
     parts = args[0] if isinstance(args[0], list | tuple) else args
     rest = primals_of(args[1:]) if isinstance(args[0], list | tuple) else ()
     out = func(primals_of(list(parts)), *rest, **kwargs)
@@ -154,22 +155,13 @@ def constant_handler(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return func(*primals_of(args), **primals_of(kwargs))
 
 
-def conversion_handler(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Convert value and tangent, unless the new type cannot hold a tangent."""
-    out = linear_handler(func, args, kwargs)
-    if isinstance(out, Tensor) and not isinstance(out, DualTensor) and type(args[0]) is DualTensor:
-        raise TangentError(
-            f"{function_name(func)} to {out.dtype} would drop the tangent of a {args[0].dtype} "
-            "tensor. Write x.detach() first if that is meant."
-        )
-    return out
-
-
 def refusing_handler(reason: str) -> Callable[..., Any]:
     """Raise an error that names the function and says what to do instead."""
 
     def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raise TangentError(f"{function_name(func)} on a tensor that carries a tangent {reason}")
+        raise TangentError(
+            f"{function_name(func)} cannot take a tensor that carries a tangent: {reason}"
+        )
 
     return handle
 
@@ -202,9 +194,12 @@ def pair(func: Any, out: Any, out_dot: Any) -> Any:
     if isinstance(out, Tensor):
         if out_dot.shape != out.shape:
             out_dot = out_dot.expand(out.shape)
+        if not (out.is_floating_point() or out.is_complex()):
+            raise TangentError(
+                f"{function_name(func)} to {out.dtype} would drop the tangent. Call x.detach() "
+                "first if that is meant."
+            )
         if out_dot.dtype != out.dtype:
-            if not (out.is_floating_point() or out.is_complex()):
-                return out
             out_dot = out_dot.to(out.dtype)
         if out_dot.requires_grad:
             raise TangentError(
@@ -223,11 +218,10 @@ def pair(func: Any, out: Any, out_dot: Any) -> Any:
     )
 
 
-def _linear_by_keyword(func: Any, kwargs: dict[str, Any]) -> Any:
-    raise TangentError(
-        f"{function_name(func)} got its tensor by keyword ({', '.join(kwargs)}); "
-        "dual.jvp needs it as the first positional argument"
-    )
+def _first_positional(kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Move the tensor of a call that was written with keywords only to the front."""
+    key = next(name for name in ("input", "tensors", "tensor", "self") if name in kwargs)
+    return (kwargs[key],), {name: arg for name, arg in kwargs.items() if name != key}
 
 
 def _family(func: Any) -> str:
@@ -236,12 +230,12 @@ def _family(func: Any) -> str:
 
 def _targets(func: Any) -> list[Any]:
     """The objects that PyTorch hands to ``__torch_function__`` when ``func`` is called."""
-    if isinstance(func, torch.library.CustomOpDef):  # type: ignore[attr-defined]
+    if isinstance(func, CustomOpDef):
         func = func._opoverload
     if isinstance(func, torch._ops.OpOverload):
         return [func, func.overloadpacket]
     if isinstance(func, torch._ops.OpOverloadPacket):
-        return [func, *[getattr(func, name) for name in func.overloads()]]
+        return [func, *[getattr(func, name) for name in func.overloads()]]  # type: ignore[no-untyped-call]
     return [func]
 
 
@@ -256,8 +250,8 @@ def _guard_inplace(handler: Callable[..., Any], position: int) -> Callable[..., 
     def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("inplace") or (len(args) > position and args[position]):
             raise TangentError(
-                f"{function_name(func)} with inplace=True on a tensor that carries a tangent is "
-                "not possible; use inplace=False"
+                f"{function_name(func)} with inplace=True cannot take a tensor that carries a "
+                "tangent; use inplace=False"
             )
         return handler(func, args, kwargs)
 

@@ -18,6 +18,9 @@ Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 HANDLERS: dict[Any, Handler] = {}
 
 
+_NOWHERE = torch.device("meta")
+
+
 class TangentError(RuntimeError):
     """A tangent would have been lost silently, or cannot be computed.
 
@@ -56,10 +59,17 @@ class DualTensor(Tensor):
             from disca_kernels.dual.fallback import find_handler
 
             handler = find_handler(func)
-        return handler(func, args, kwargs or {})
+        if kwargs is None:
+            kwargs = {}
+        elif kwargs.get("out") is not None:
+            raise TangentError(
+                f"{function_name(func)} with out= would write a value without its tangent; use "
+                "the tensor that it returns"
+            )
+        return handler(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         """Refuse: whatever arrives here went past the rules and would drop the tangent."""
@@ -74,38 +84,46 @@ class DualTensor(Tensor):
     # times as much, and models ask for shapes in every layer.
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
+        """Shape of the value."""
         return self._primal.shape
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Data type of the value."""
         return self._primal.dtype
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
+        """Device of the value."""
         return self._primal.device
 
     @property
     def ndim(self) -> int:  # type: ignore[override]
+        """Number of dimensions."""
         return self._primal.ndim
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
+        """Whether autograd tracks the value; it never tracks the tangent."""
         return self._primal.requires_grad
 
-    def dim(self) -> int:  # type: ignore[override]
+    def dim(self) -> int:
+        """Number of dimensions."""
         return self._primal.dim()
 
     def size(self, *args: Any, **kwargs: Any) -> Any:
+        """Shape of the value, or one of its entries."""
         return self._primal.size(*args, **kwargs)
 
     def numel(self) -> int:
+        """Number of elements."""
         return self._primal.numel()
 
     def __len__(self) -> int:
         return len(self._primal)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"DualTensor(value={self._primal!r}, tangent={self._tangent!r})"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}(value={self._primal!r})"
 
     def __format__(self, spec: str) -> str:
         return format(self._primal.detach(), spec)
@@ -133,13 +151,11 @@ class SpentDualTensor(DualTensor):
             )
         return func(*primals_of(args), **primals_of(kwargs or {}))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"SpentDualTensor(value={self._primal!r})"
-
 
 def make_dual(primal: Tensor, tangent: Tensor) -> DualTensor:
     """Join a value and a tangent of the same shape and data type."""
-    dual: DualTensor = Tensor._make_wrapper_subclass(DualTensor, ())  # type: ignore[attr-defined]
+    # On the meta device nothing can read it, or swap it into another tensor, behind our back.
+    dual: DualTensor = Tensor._make_wrapper_subclass(DualTensor, primal.shape, device=_NOWHERE)
     dual._primal = primal
     dual._tangent = tangent
     members = STATE.members
@@ -162,14 +178,21 @@ def primal(x: Any) -> Any:
     return x._primal if isinstance(x, DualTensor) else x
 
 
-def tangent(x: Any) -> Tensor | None:
+def tangent(x: Any) -> Any:
     """The tangent of a dual; None for anything else, which is a constant."""
     return x._tangent if type(x) is DualTensor else None
 
 
-def split(x: Any) -> tuple[Any, Tensor | None]:
+def split(x: Any) -> tuple[Any, Any]:
     """Value and tangent of an argument; the tangent of a constant is None."""
     return (x._primal, x._tangent) if type(x) is DualTensor else (x, None)
+
+
+def accumulate(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """Add two tangents, either of which may be absent."""
+    if left is None or right is None:
+        return right if left is None else left
+    return left + right
 
 
 def primals_of(tree: Any) -> Any:
@@ -192,15 +215,15 @@ def has_dual(tree: Any) -> bool:
         return True
     kind = type(tree)
     if kind is tuple or kind is list:
-        return any([has_dual(item) for item in tree])
-    return kind is dict and any([has_dual(item) for item in tree.values()])
+        return any(map(has_dual, tree))
+    return kind is dict and any(map(has_dual, tree.values()))
 
 
 def function_name(func: Any) -> str:
     """A name that a user recognises, such as ``torch.Tensor.item``."""
     name = torch.overrides.resolve_name(func)
     if name:
-        return name.removesuffix(".__get__")
+        return str(name).replace("'", "").removesuffix(".__get__")
     if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return f"torch.ops.{func}"
     owner = getattr(func, "__module__", None) or type(func).__module__

@@ -3,23 +3,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from disca_kernels.dual.registry import rule, spellings
-from disca_kernels.dual.tensor import split, tangent
-
-
-def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    if left is None or right is None:
-        return right if left is None else left
-    return left + right
+from disca_kernels.dual.tensor import accumulate, split, tangent
 
 
 @rule(*spellings("add", "__add__", "__radd__"))
-def _add(out: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> Tensor | None:
+def _add(out: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> Any:
     x_dot, y_dot = tangent(input), tangent(other)
     if y_dot is None:
         return x_dot
@@ -29,7 +24,7 @@ def _add(out: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> Tensor | Non
 
 
 @rule(*spellings("sub", "subtract", "__sub__"))
-def _sub(out: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> Tensor | None:
+def _sub(out: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> Any:
     x_dot, y_dot = tangent(input), tangent(other)
     if y_dot is None:
         return x_dot
@@ -39,15 +34,15 @@ def _sub(out: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> Tensor | Non
 
 
 @rule(*spellings("rsub", "__rsub__"))
-def _rsub(out: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> Tensor | None:
+def _rsub(out: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> Any:
     return _sub(out, other, input if alpha == 1 else input * alpha)
 
 
 @rule(*spellings("mul", "multiply", "__mul__", "__rmul__"))
-def _mul(out: Tensor, input: Any, other: Any) -> Tensor | None:
+def _mul(out: Tensor, input: Any, other: Any) -> Any:
     (x, x_dot), (y, y_dot) = split(input), split(other)
     if y_dot is None:
-        return x_dot * y  # type: ignore[operator]
+        return x_dot * y
     if x_dot is None:
         return y_dot * x
     out_dot = x_dot * y
@@ -63,7 +58,7 @@ def _div(out: Tensor, input: Any, other: Any, *, rounding_mode: str | None = Non
         return NotImplemented
     (_, x_dot), (y, y_dot) = split(input), split(other)
     if y_dot is None:
-        return x_dot / y  # type: ignore[operator]
+        return x_dot / y
     if x_dot is None:
         return (out * y_dot).neg_() / y
     return (x_dot - out * y_dot) / y
@@ -78,7 +73,7 @@ def _rdiv(out: Tensor, input: Any, other: Any) -> Any:
 def _pow(out: Tensor, input: Any, exponent: Any) -> Any:
     (x, x_dot), (y, y_dot) = split(input), split(exponent)
     if x_dot is None and not isinstance(x, Tensor) and x > 0:
-        return out * y_dot * torch.log(torch.as_tensor(x, dtype=out.dtype)).item()
+        return (out * y_dot).mul_(math.log(x))
     if y_dot is not None or isinstance(y, Tensor):
         return NotImplemented
     if y == 0:
@@ -96,6 +91,8 @@ def _rpow(out: Tensor, input: Any, other: Any) -> Any:
 @rule(torch.where)
 def _where(out: Tensor, condition: Tensor, input: Any = None, other: Any = None) -> Any:
     x_dot, y_dot = tangent(input), tangent(other)
+    if x_dot is None and y_dot is None:
+        return None
     # A tangent that is None is the number 0, which torch.where broadcasts.
     return torch.where(condition, 0 if x_dot is None else x_dot, 0 if y_dot is None else y_dot)
 
@@ -111,8 +108,7 @@ def _extremum(out: Tensor, input: Any, other: Any) -> Any:
     # At a tie both sides count half, as in PyTorch.
     share = (out == x).to(out.dtype).sub_((out == y).to(out.dtype)).add_(1).mul_(0.5)
     left = None if x_dot is None else x_dot * share
-    right = None if y_dot is None else y_dot * (1 - share)
-    return _sum(left, right)
+    return accumulate(left, None if y_dot is None else y_dot * (1 - share))
 
 
 @rule(*spellings("masked_fill"))

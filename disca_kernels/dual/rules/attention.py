@@ -35,11 +35,8 @@ def _adaln_modulate(x: Any, shift: Any, scale: Any, **options: Any) -> tuple[Ten
 @rule(timestep_features, fused=True)
 def _timestep_features(t: Any, dim: int, **options: Any) -> tuple[Tensor, Tensor]:
     value, t_dot = split(t)
-    options = primals_of(options)
-    if t_dot is None:  # only the width carries a tangent, and it shapes nothing but tangents
-        features = timestep_features(value, dim, **options)
-        return features, torch.zeros_like(features, requires_grad=False)
-    return timestep_features_jvp(value, t_dot, dim, **options)
+    # The width may come from the times, (t - r) / 2; it shapes tangents and has none itself.
+    return timestep_features_jvp(value, t_dot, dim, **primals_of(options))
 
 
 @rule(functional.scaled_dot_product_attention, fused=True)
@@ -59,51 +56,59 @@ def _scaled_dot_product_attention(
             f"scaled_dot_product_attention with dropout_p={dropout_p} has no tangent rule: the "
             "mask it draws is not visible. Use dropout_p=0, or dropout on its output."
         )
-    (q, _), (k, _), (v, _) = split(query), split(key), split(value)
-    dots = tangent(query), tangent(key), tangent(value)
+    (q, q_dot), (k, k_dot), (v, v_dot) = split(query), split(key), split(value)
     if enable_gqa:
-        k, v, k_dot, v_dot = (
-            None if x is None else x.repeat_interleave(q.shape[-3] // x.shape[-3], -3)
-            for x in (k, v, *dots[1:])
-        )
-        dots = dots[0], k_dot, v_dot
-    if attn_mask is None and q.dim() == 4 and not (is_causal and q.shape[-2] != k.shape[-2]):
-        return attention_jvp((q, k, v), dots, causal=is_causal, scale=scale)
+        k, k_dot, v, v_dot = (_repeat_heads(x, q.shape[-3]) for x in (k, k_dot, v, v_dot))
+    dots = q_dot, k_dot, v_dot
     mask, mask_dot = split(attn_mask)
-    out = functional.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=is_causal, scale=scale
-    )
+    if mask is None and _fits_our_attention(q, k, v, is_causal):
+        return attention_jvp((q, k, v), dots, causal=is_causal, scale=scale)
+    out = functional.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    if is_causal:
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     with torch.no_grad():
-        return out, _tangent_by_definition(q, k, v, dots, (mask, mask_dot), is_causal, scale, out)
+        return out, _tangent_by_definition((q, k, v), dots, mask, mask_dot, factor)
+
+
+def _repeat_heads(x: Tensor | None, heads: int) -> Tensor | None:
+    return None if x is None else x.repeat_interleave(heads // x.shape[-3], -3)
+
+
+def _fits_our_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> bool:
+    """Four dimensions without broadcasting; PyTorch aligns a causal mask to the top left."""
+    return (
+        q.dim() == 4
+        and q.shape[:2] == k.shape[:2] == v.shape[:2]
+        and q.shape[-1] == v.shape[-1]
+        and not (is_causal and q.shape[-2] != k.shape[-2])
+    )
 
 
 def _tangent_by_definition(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    primals: tuple[Tensor, Tensor, Tensor],
     dots: tuple[Tensor | None, Tensor | None, Tensor | None],
-    masks: tuple[Tensor | None, Tensor | None],
-    is_causal: bool,
-    scale: float | None,
-    out: Tensor,
+    mask: Tensor | None,
+    mask_dot: Tensor | None,
+    scale: float,
 ) -> Tensor:
-    """o_dot = P v_dot + (P * s_dot) v - rowsum(P * s_dot) o, with the whole of P in memory."""
-    q_dot, k_dot, v_dot = dots
-    mask, mask_dot = masks
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = (q @ k.mT) * factor
-    if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores, -1).nan_to_num()
-    scores_dot = torch.zeros_like(scores)
+    """P v_dot + (P * (s_dot - rowsum(P * s_dot))) v, with the whole of P in memory."""
+    # float32 inside, as the kernels do; the caller casts.
+    q, k, v, q_dot, k_dot, v_dot = (
+        x.float() if x is not None and x.dtype in (torch.bfloat16, torch.float16) else x
+        for x in (*primals, *dots)
+    )
+    scores = (q @ k.mT) * scale  # type: ignore[union-attr, operator]
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    weights = torch.softmax(scores, -1).nan_to_num()  # a row without a key has weights 0
+    scores_dot = torch.zeros_like(scores) if mask_dot is None else mask_dot.expand_as(scores)
     if q_dot is not None:
-        scores_dot += (q_dot @ k.mT) * factor
+        scores_dot = scores_dot + (q_dot @ k.mT) * scale  # type: ignore[union-attr]
     if k_dot is not None:
-        scores_dot += (q @ k_dot.mT) * factor
-    if mask_dot is not None:
-        scores_dot += mask_dot
-    moved = weights * (scores_dot - (weights * scores_dot).sum(-1, keepdim=True))
-    out_dot = moved @ v
+        scores_dot = scores_dot + (q @ k_dot.mT) * scale  # type: ignore[operator]
+    centred = scores_dot - (weights * scores_dot).sum(-1, keepdim=True)
+    out_dot: Tensor = (weights * centred) @ v  # type: ignore[operator]
     return out_dot if v_dot is None else out_dot + weights @ v_dot

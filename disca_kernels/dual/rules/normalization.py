@@ -7,24 +7,25 @@ backward kernel applied to a tangent instead of a gradient is the forward-mode d
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from disca_kernels.dual.fallback import tangents_by_func_jvp
 from disca_kernels.dual.registry import rule, spellings
 from disca_kernels.dual.tensor import split
 
 
-def _affine(
-    normal: Tensor | None, normal_dot: Tensor | None, weight: Any, bias: Any
-) -> Tensor | None:
+def _affine(normal: Any, normal_dot: Any, weight: Any, bias: Any) -> Any:
     """Tangent of ``normal * weight + bias``; ``normal`` is only needed for a weight tangent."""
     (w, w_dot), (_, b_dot) = split(weight), split(bias)
     out_dot = normal_dot if normal_dot is None or w is None else normal_dot * w
     if w_dot is not None:
-        scaled = normal * w_dot  # type: ignore[operator]
+        scaled = normal * w_dot
         out_dot = scaled if out_dot is None else out_dot + scaled
     if b_dot is not None:
         out_dot = b_dot if out_dot is None else out_dot + b_dot
@@ -39,7 +40,7 @@ def _layer_norm(
     bias: Any = None,
     eps: float = 1e-5,
     cudnn_enable: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Any]:
     (x, x_dot), w, b = split(input), split(weight)[0], split(bias)[0]
     shape = list(normalized_shape)
     # The call that functional.layer_norm makes; it also returns the statistics.
@@ -57,7 +58,7 @@ def _layer_norm(
 @rule(*spellings("rms_norm"))
 def _rms_norm(
     out: Tensor, input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None
-) -> Tensor | None:
+) -> Any:
     x, x_dot = split(input)
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     dims = list(range(-len(normalized_shape), 0))
@@ -71,17 +72,34 @@ def _rms_norm(
     return _affine(normal, normal_dot, weight, None)
 
 
+def _register_running(func: Callable[..., Tensor], live: str) -> None:
+    signature = inspect.signature(func)
+
+    @rule(func)
+    def _running(out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        if bound.arguments[live]:
+            # The value has updated the running statistics; they do not shape it.
+            bound.arguments |= {"running_mean": None, "running_var": None}
+        return tangents_by_func_jvp(func, bound.args, bound.kwargs)[0]
+
+
+_register_running(functional.batch_norm, "training")
+_register_running(functional.instance_norm, "use_input_stats")
+
+
 @rule(*spellings("softmax"))
 def _softmax(out: Tensor, input: Any, dim: int | None = None, *_: Any, **__: Any) -> Any:
     if dim is None:
         return NotImplemented
-    x_dot = split(input)[1].to(out.dtype)  # type: ignore[union-attr]
-    return torch._softmax_backward_data(x_dot, out, dim, out.dtype)  # type: ignore[attr-defined]
+    x_dot = split(input)[1].to(out.dtype)
+    return torch._softmax_backward_data(x_dot, out, dim, out.dtype)
 
 
 @rule(*spellings("log_softmax"))
 def _log_softmax(out: Tensor, input: Any, dim: int | None = None, *_: Any, **__: Any) -> Any:
     if dim is None:
         return NotImplemented
-    x_dot = split(input)[1].to(out.dtype)  # type: ignore[union-attr]
+    x_dot = split(input)[1].to(out.dtype)
     return x_dot - (out.exp() * x_dot).sum(dim, keepdim=True)

@@ -37,7 +37,7 @@ _ANALYTIC: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 def _register_analytic(name: str, derivative: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     @rule(*spellings(name))
     def _analytic(out: Tensor, input: Any) -> Tensor:
-        return derivative(out, *split(input))  # type: ignore[arg-type]
+        return derivative(out, *split(input))
 
 
 for _name, _derivative in _ANALYTIC.items():
@@ -46,13 +46,13 @@ for _name, _derivative in _ANALYTIC.items():
 
 @rule(*spellings("sigmoid"))
 def _sigmoid(out: Tensor, input: Any) -> Any:
-    x, x_dot = split(input)
+    _, x_dot = split(input)
     return NotImplemented if out.is_complex() else _aten.sigmoid_backward.default(x_dot, out)
 
 
 @rule(*spellings("tanh"))
 def _tanh(out: Tensor, input: Any) -> Any:
-    x, x_dot = split(input)
+    _, x_dot = split(input)
     return NotImplemented if out.is_complex() else _aten.tanh_backward.default(x_dot, out)
 
 

@@ -11,13 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from disca_kernels.dual.registry import rule, spellings
-from disca_kernels.dual.tensor import DualTensor, primals_of, split, tangent
-
-
-def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    if left is None or right is None:
-        return right if left is None else left
-    return left + right
+from disca_kernels.dual.tensor import DualTensor, accumulate, primals_of, split, tangent
 
 
 @rule(functional.linear)
@@ -25,40 +19,36 @@ def _linear(out: Tensor, input: Any, weight: Any, bias: Any = None) -> Tensor | 
     (x, x_dot), (w, w_dot) = split(input), split(weight)
     out_dot = None if x_dot is None else functional.linear(x_dot, w)
     if w_dot is not None:
-        out_dot = _sum(out_dot, functional.linear(x, w_dot))
-    return _sum(out_dot, tangent(bias))
+        out_dot = accumulate(out_dot, functional.linear(x, w_dot))
+    return accumulate(out_dot, tangent(bias))
 
 
 def _register_bilinear(name: str) -> None:
     product = getattr(torch, name)
+    names = (name, "__matmul__") if name == "matmul" else (name,)
 
-    @rule(*spellings(name))
+    @rule(*spellings(*names))
     def _bilinear(out: Tensor, input: Any, other: Any) -> Tensor | None:
         (x, x_dot), (y, y_dot) = split(input), split(other)
         left = None if x_dot is None else product(x_dot, y)
-        return _sum(left, None if y_dot is None else product(x, y_dot))
+        return accumulate(left, None if y_dot is None else product(x, y_dot))
 
 
 for _name in ("matmul", "mm", "bmm", "mv", "dot", "outer"):
     _register_bilinear(_name)
 
 
-@rule(Tensor.__matmul__)
-def _matmul_operator(out: Tensor, input: Any, other: Any) -> Tensor | None:
-    (x, x_dot), (y, y_dot) = split(input), split(other)
-    return _sum(
-        None if x_dot is None else torch.matmul(x_dot, y),
-        None if y_dot is None else torch.matmul(x, y_dot),
-    )
-
-
 @rule(Tensor.__rmatmul__)
 def _reflected_matmul(out: Tensor, input: Any, other: Any) -> Tensor | None:
-    return _matmul_operator(out, other, input)
+    (x, x_dot), (y, y_dot) = split(other), split(input)
+    left = None if x_dot is None else torch.matmul(x_dot, y)
+    return accumulate(left, None if y_dot is None else torch.matmul(x, y_dot))
 
 
 @rule(torch.einsum)
-def _einsum(out: Tensor, equation: str, *operands: Any) -> Tensor | None:
+def _einsum(out: Tensor, equation: str, *operands: Any) -> Any:
+    if not isinstance(equation, str):
+        return NotImplemented
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
     values = primals_of(operands)
@@ -66,7 +56,7 @@ def _einsum(out: Tensor, equation: str, *operands: Any) -> Tensor | None:
     for i, operand in enumerate(operands):
         if type(operand) is DualTensor:
             replaced = (*values[:i], operand._tangent, *values[i + 1 :])
-            out_dot = _sum(out_dot, torch.einsum(equation, *replaced))
+            out_dot = accumulate(out_dot, torch.einsum(equation, *replaced))
     return out_dot
 
 
@@ -78,8 +68,8 @@ def _register_convolution(convolve: Callable[..., Tensor], spatial: int) -> None
         (x, x_dot), (w, w_dot), b_dot = split(input), split(weight), tangent(bias)
         out_dot = None if x_dot is None else convolve(x_dot, w, None, *args, **kwargs)
         if w_dot is not None:
-            out_dot = _sum(out_dot, convolve(x, w_dot, None, *args, **kwargs))
-        return _sum(out_dot, None if b_dot is None else b_dot.reshape(-1, *[1] * spatial))
+            out_dot = accumulate(out_dot, convolve(x, w_dot, None, *args, **kwargs))
+        return accumulate(out_dot, None if b_dot is None else b_dot.reshape(-1, *[1] * spatial))
 
 
 for _spatial in (1, 2, 3):
@@ -89,4 +79,4 @@ for _spatial in (1, 2, 3):
 
 @rule(functional.embedding)
 def _embedding(out: Tensor, input: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Any:
-    return functional.embedding(input, tangent(weight), *args, **kwargs)  # type: ignore[arg-type]
+    return functional.embedding(input, tangent(weight), *args, **kwargs)
