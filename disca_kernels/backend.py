@@ -124,6 +124,14 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
+def _installed(package: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
+
+
 def _capability_reasons(device: torch.device) -> list[str]:
     capability = torch.cuda.get_device_capability(device)
     if capability >= _MINIMUM_CAPABILITY:
@@ -133,7 +141,7 @@ def _capability_reasons(device: torch.device) -> list[str]:
 
 
 def _triton_reasons(device: torch.device | None) -> list[str]:
-    if importlib.util.find_spec("triton") is None:
+    if not _installed("triton"):
         return ["the package triton is not installed"]
     if _interpreting():
         return []

@@ -57,6 +57,8 @@ def _backend_lines(backend: str, per_op: dict[str, dict[str, list[str]]]) -> lis
     """Say once what holds for every operation that has this backend, else say it per operation."""
     reasons = {op: found[backend] for op, found in per_op.items() if backend in found}
     verdicts = {op: "; ".join(found) or "usable" for op, found in reasons.items()}
+    if not verdicts:
+        return []
     if len(set(verdicts.values())) == 1:
         return [f"  {backend} ({', '.join(verdicts)}): {next(iter(verdicts.values()))}"]
     return [f"  {backend}:"] + [f"    {op}: {verdict}" for op, verdict in verdicts.items()]
