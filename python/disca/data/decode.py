@@ -40,17 +40,17 @@ class DecodedVideo:
     rate: float
 
 
-def list_videos(folder: str | Path) -> list[Path]:
-    """The video files directly in `folder`, by suffix, sorted by name.
+def list_videos(path: str | Path) -> list[Path]:
+    """The file `path` itself, or the video files directly in folder `path`, by suffix and sorted.
 
     Raises:
-        UserError: the folder is missing, is not a folder, cannot be read or holds no video file.
+        UserError: nothing is there, or the folder cannot be read or holds no video file.
     """
-    folder = Path(folder)
+    folder = Path(path)
     if not folder.exists():
         raise UserError(f"video folder or file {str(folder)!r} does not exist")
     if not folder.is_dir():
-        raise UserError(f"video folder {str(folder)!r} is not a folder")
+        return [folder]
     try:
         found = sorted(
             p for p in folder.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file()

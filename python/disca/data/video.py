@@ -44,10 +44,10 @@ class VideoClips:
         batch.clips.shape            # [16, 3, 8, 32, 32], values in [-1, 1]
 
     Args:
-        paths: a folder or a list of files, split by a hash of each file's bytes, so that adding a
-            file moves no other. Excludes `train` and `test`.
-        train: explicit folder or files of the train split.
-        test: explicit folder or files of the test split; without it there is no test split.
+        paths: a folder or file or a list of them, split by a hash of each file's bytes, so that
+            adding a file moves no other. Excludes `train` and `test`.
+        train: folders or files of the train split.
+        test: folders or files of the test split; without it there is no test split.
         frames: frames of a clip.
         size: side of the square frames in pixels.
         stride: source frames from one clip frame to the next.
@@ -92,6 +92,8 @@ class VideoClips:
             split = _hash_split(self._decode(paths), test_fraction)
         else:
             split = (self._decode(train or ()), self._decode(test or ()))
+            if not split[0]:
+                raise UserError("'train' names no video file")
         self._refuse_leaks(*split)
         #: The decoded files of each split, with path, digest and frame rate.
         self.files: dict[str, tuple[DecodedVideo, ...]] = dict(zip(SPLITS, split, strict=True))
@@ -164,8 +166,9 @@ class VideoClips:
 
     def _decode(self, paths: Paths) -> tuple[DecodedVideo, ...]:
         if isinstance(paths, str | Path):
-            paths = [paths] if Path(paths).is_file() else list_videos(paths)
-        return tuple(decode_video(file, self.size, self.channels) for file in paths)
+            paths = [paths]
+        files = [file for path in paths for file in list_videos(path)]
+        return tuple(decode_video(file, self.size, self.channels) for file in files)
 
     def _clips(self, files: Sequence[DecodedVideo]) -> tuple[Tensor, Tensor]:
         """All frames ``[T, C, S, S]`` of the files and the start frames ``[clips]`` within them."""
