@@ -133,6 +133,7 @@ def evaluate(
     if suite.classifier is None:
         raise UserError("the checkpoints have no finished classifier stage, which the scores need")
     rows = list(methods or default_methods(tuple(suite.predictors), suite.sampling.form))
+    models = _describe(suite, settings)
     flops = {method.key: method_flops(suite, method) for method in rows}
     work = sum(flops.values())
     total = work * (len(settings.seeds) * settings.clips + settings.repeats * settings.timing_batch)
@@ -154,7 +155,7 @@ def evaluate(
         versions=environment["versions"],
         machine=environment["machine"],
         settings={**asdict(settings), "seeds": list(settings.seeds), **suite.sampling.model_dump()},
-        models=_describe(suite, settings),
+        models=models,
         rows=[
             *(
                 _row(method, measured, seconds[method.key], flops[method.key], base, at_once)
