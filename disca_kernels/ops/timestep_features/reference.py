@@ -17,7 +17,7 @@ def frequencies(dim: int, max_period: float, dtype: torch.dtype, device: torch.d
     """Return the [dim // 2] frequencies `max_period ** (-i / (dim // 2))`."""
     half = dim // 2
     exponents = torch.arange(half, dtype=dtype, device=device)
-    return torch.exp(-math.log(max_period) * exponents / max(half, 1))
+    return torch.exp(-math.log(max_period) * exponents / half)
 
 
 def band_limit(omega: Tensor, width: Tensor | float) -> Tensor:
@@ -50,9 +50,9 @@ def timestep_features_reference(
 
     Args:
         t: [B] times.
-        dim: number of features.
+        dim: number of features, at least 2.
         scale: factor of the time.
-        max_period: ratio of the fastest to the (excluded) slowest frequency.
+        max_period: the frequencies fall geometrically from 1 to just above 1 / max_period.
         tangent_width: not used by the value.
 
     Returns:
@@ -102,3 +102,27 @@ def timestep_features_jvp_reference(
     if dim % 2:
         features, features_dot = pad(features, (0, 1)), pad(features_dot, (0, 1))
     return features, features_dot
+
+
+def timestep_features_vjp_reference(
+    dfeatures: Tensor, t: Tensor, dim: int, *, scale: float = 1000.0, max_period: float = 10000.0
+) -> Tensor:
+    """Compute the gradient of the time, `dt = sum_f w (cos(w t) dsin - sin(w t) dcos)`.
+
+    Args:
+        dfeatures: [B, dim] gradient of the features.
+        t: [B] times.
+        dim: as in `timestep_features_reference`.
+        scale: as in `timestep_features_reference`.
+        max_period: as in `timestep_features_reference`.
+
+    Returns:
+        [B] in the dtype of t.
+    """
+    wide = compute_dtype(t.dtype)
+    half = dim // 2
+    freqs = frequencies(dim, max_period, wide, t.device)
+    angle = (t.to(wide) * scale)[:, None] * freqs
+    dcos, dsin = dfeatures[:, :half], dfeatures[:, half : 2 * half]
+    dt = (freqs * scale * (angle.cos() * dsin - angle.sin() * dcos)).sum(-1)
+    return dt.to(t.dtype)
