@@ -2,7 +2,7 @@
 """Builds ``disca_kernels._C`` with CMake; everything else about the package is in pyproject.toml.
 
 Environment: ``DISCA_CUDA=0|1`` forces the CUDA part off or on (default: on where nvcc is found);
-``CXX``, ``CUDACXX`` and ``CUDAARCHS`` mean what they mean to CMake.
+``CXX``, ``CUDACXX``, ``CUDA_HOME`` and ``CUDAARCHS`` mean what they mean elsewhere.
 """
 
 import importlib
@@ -59,17 +59,13 @@ def find_nvcc() -> str | None:
         raise fail(f"DISCA_CUDA must be 0, 1 or unset, got {forced!r}.", "0 builds the CPU part.")
     if forced == "0":
         return None
-    places = [os.environ.get("CUDACXX", ""), "nvcc"]
-    places += [
-        str(Path(home) / "bin" / "nvcc")
-        for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
-        if home
-    ]
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    places = [os.environ.get("CUDACXX", ""), "nvcc", str(home / "bin" / "nvcc")]
     found = next((path for path in map(shutil.which, filter(None, places)) if path), None)
     if found is None and forced == "1":
         raise fail(
-            "DISCA_CUDA=1 asks for the CUDA part, but nvcc was not found (tried CUDACXX, PATH, "
-            "CUDA_HOME and /usr/local/cuda).",
+            "DISCA_CUDA=1 asks for the CUDA part, but nvcc was not found (tried CUDACXX, PATH "
+            f"and {home}).",
             "Install the CUDA toolkit, set CUDACXX to nvcc, or unset DISCA_CUDA.",
         )
     return found

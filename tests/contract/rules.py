@@ -173,6 +173,16 @@ def native_files(root: Path) -> list[Path]:
     )
 
 
+def missing_package_markers(root: Path) -> list[str]:
+    """Return a complaint for each folder of modules that a wheel would leave out."""
+    folders = {path.parent for path in python_files(root, "disca_kernels", "python/disca")}
+    return [
+        f"{folder.relative_to(root)}: __init__.py is missing"
+        for folder in sorted(folders)
+        if not (folder / "__init__.py").exists()
+    ]
+
+
 def bad_headers(root: Path) -> list[str]:
     """Return a complaint for each source file without its licence line or with a torch header."""
     sources = [*python_files(root, *BUDGETED, "examples"), root / "setup.py", *native_files(root)]

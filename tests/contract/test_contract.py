@@ -12,7 +12,13 @@ from tests.contract import rules
 from tests.contract.source import ROOT
 
 Rule = Callable[[Path], list[str]]
-RULES = [rules.wrong_arrows, rules.missing_rooms, rules.over_budget, rules.bad_headers]
+RULES = [
+    rules.wrong_arrows,
+    rules.missing_rooms,
+    rules.over_budget,
+    rules.missing_package_markers,
+    rules.bad_headers,
+]
 
 _FOLDERS = ("disca_kernels", "python", "tests", "benchmarks", "csrc", "docs/ops")
 _FILES = ("CMakeLists.txt", "CHANGELOG.md", "setup.py")
@@ -188,6 +194,12 @@ def test_outgrown_budget_is_noticed(tmp_path: Path, folder: str, text: str, comp
 def test_full_budget_is_accepted(tmp_path: Path, text: str) -> None:
     plant(tmp_path / "disca_kernels" / "planted.py", text)
     assert rules.over_budget(tmp_path) == []
+
+
+def test_missing_package_marker_is_noticed(tmp_path: Path) -> None:
+    plant(tmp_path / "disca_kernels" / "__init__.py", "")
+    plant(tmp_path / "disca_kernels" / "new" / "module.py", "")
+    assert rules.missing_package_markers(tmp_path) == ["disca_kernels/new: __init__.py is missing"]
 
 
 def test_bad_header_is_noticed(tree: Path) -> None:
