@@ -83,9 +83,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_weights_that_do_not_fit_are_named(
-    tensors: dict[str, torch.Tensor], message: str
-) -> None:
+def test_weights_that_do_not_fit_are_named(tensors: dict[str, torch.Tensor], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ckpt.load_module(nn.Linear(3, 2), tensors, "file")
 
@@ -104,7 +102,9 @@ def test_optimiser_state_round_trip() -> None:
     module, optimizer = made()
     step(module, optimizer)
     state = {k: v.clone() for k, v in ckpt.optimizer_tensors(optimizer, module).items()}
-    assert set(state) == {f"{p}/{k}" for p in ("weight", "bias") for k in ("step", "exp_avg", "exp_avg_sq")}
+    assert set(state) == {
+        f"{p}/{k}" for p in ("weight", "bias") for k in ("step", "exp_avg", "exp_avg_sq")
+    }
     other, restored = made()
     other.load_state_dict(module.state_dict())
     ckpt.restore_optimizer([restored], other, state, "file")
@@ -130,7 +130,11 @@ def test_hash_ignores_key_order_and_sees_values() -> None:
 def test_differing_fields_are_listed_by_path() -> None:
     old = {"a": {"b": 1, "c": 2}, "d": [1], "gone": 3}
     new = {"a": {"b": 1, "c": 5}, "d": [1], "new": 4}
-    assert ckpt.differing_fields(old, new) == ["a.c: 2 -> 5", "gone: 3 -> absent", "new: absent -> 4"]
+    assert ckpt.differing_fields(old, new) == [
+        "a.c: 2 -> 5",
+        "gone: 3 -> absent",
+        "new: absent -> 4",
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]"])

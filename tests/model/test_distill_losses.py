@@ -377,8 +377,8 @@ def test_interval_width_is_half_the_interval(source: MovingDigits) -> None:
         ({"adaptive_power": 1.0}, lambda a, b: 0 < float(b.loss) < 1),
         (
             {"velocity": "data"},
-            lambda a, b: not torch.equal(
-                a.tensors["teacher velocity"], b.tensors["teacher velocity"]
+            lambda a, b: (
+                not torch.equal(a.tensors["teacher velocity"], b.tensors["teacher velocity"])
             ),
         ),
     ],

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
-
+from typing import TypeVar, cast
 
 import torch
 import yaml
@@ -28,11 +27,18 @@ from disca.errors import UserError
 from disca.eval.classifier import ClipClassifier, LabelledSource
 from disca.models.configs import DiTConfig
 from disca.models.dit import DiT
+from disca.models.predictor import Predictor
 
-if TYPE_CHECKING:
-    from disca.models.predictor import Predictor
-
-__all__ = ["MODEL_FILE", "Bundle", "base_config", "build_stage", "dit_config", "export", "labelled", "load_models"]
+__all__ = [
+    "MODEL_FILE",
+    "Bundle",
+    "base_config",
+    "build_stage",
+    "dit_config",
+    "export",
+    "labelled",
+    "load_models",
+]
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.yaml"
@@ -64,8 +70,6 @@ class Bundle:
 
     def predictor(self, stage: str = "predictor") -> Predictor:
         """Return the predictor of a stage; see :meth:`dit`."""
-        from disca.models.predictor import Predictor
-
         return self._get(stage, Predictor)
 
     def classifier(self, stage: str = "classifier") -> ClipClassifier:
@@ -76,7 +80,9 @@ class Bundle:
         model = self.models.get(stage)
         if not isinstance(model, kind):
             names = ", ".join(n for n, m in self.models.items() if isinstance(m, kind))
-            raise UserError(f"no {kind.__name__} of a stage {stage!r}; there are: {names or 'none'}")
+            raise UserError(
+                f"no {kind.__name__} of a stage {stage!r}; there are: {names or 'none'}"
+            )
         return model
 
 
@@ -128,8 +134,6 @@ def build_stage(base: DiTConfig, config: RunConfig, name: str, source: ClipSourc
     if isinstance(stage, ClassifierStage):
         return ClipClassifier(source.shape[0], labelled(source).label_sizes)
     if isinstance(stage, PredictorStage):
-        from disca.models.predictor import Predictor
-
         host = dit_config(base, config, stage.host)
         return Predictor(host, depth=stage.depth, form=stage.form, block=stage.block)
     if not isinstance(stage, TrainerConfig):
@@ -180,9 +184,11 @@ def load_models(folder: str | Path, *, device: str = "cpu") -> Bundle:
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
-    """Write the configuration of a run to its folder, atomically."""
+    """Write the configuration of a run to its folder, atomically, unless it is there already."""
+    path = folder / CONFIG_FILE
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    ckpt.write_text(folder / CONFIG_FILE, text)
+    if not path.is_file() or path.read_text() != text:
+        ckpt.write_text(path, text)
 
 
 def export(

@@ -100,9 +100,7 @@ class CfgTask:
             device=self.device,
         )
 
-    def compute(
-        self, phase: str, step: int, micro: int, generator: torch.Generator
-    ) -> StepOutput:
+    def compute(self, phase: str, step: int, micro: int, generator: torch.Generator) -> StepOutput:
         """Return the regression loss of one micro-batch."""
         settings = self.settings
         batch = self.draw(generator)

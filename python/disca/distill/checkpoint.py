@@ -115,7 +115,9 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError(f"expected an object, got {type(value).__name__}")
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}); delete {path.parent} to train it anew") from error
+        raise UserError(
+            f"{path}: damaged ({error}); delete {path.parent} to train it anew"
+        ) from error
     return value
 
 

@@ -17,8 +17,8 @@ from disca.errors import UserError
 from disca.sample.steps import resolve_full_steps
 
 __all__ = [
-    "ClassifierStage",
     "CfgStage",
+    "ClassifierStage",
     "GuidanceRange",
     "MeanFlowStage",
     "OptimizerConfig",
@@ -283,7 +283,9 @@ def _closest(name: str, known: Sequence[str]) -> str:
 def preset_names() -> list[str]:
     """Return the names of the presets that ship with the package."""
     folder = resources.files("disca") / "presets"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
+    )
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

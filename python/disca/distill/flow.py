@@ -62,9 +62,7 @@ class TeacherTask:
         """Update the model in every step."""
         return ("model",)
 
-    def compute(
-        self, phase: str, step: int, micro: int, generator: torch.Generator
-    ) -> StepOutput:
+    def compute(self, phase: str, step: int, micro: int, generator: torch.Generator) -> StepOutput:
         """Return the flow-matching loss of one micro-batch."""
         settings = self.settings
         batch = draw_batch(self.source, settings.batch, generator, device=self.device)
@@ -76,5 +74,9 @@ class TeacherTask:
         velocity = self.model(x_t, t, None, condition)
         errors = flow_matching_error(velocity, batch.x0, batch.noise)
         return StepOutput(
-            errors.mean(), errors.detach(), t, t, tensors={"x_t": x_t, "velocity": velocity.detach()}
+            errors.mean(),
+            errors.detach(),
+            t,
+            t,
+            tensors={"x_t": x_t, "velocity": velocity.detach()},
         )

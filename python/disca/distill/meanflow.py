@@ -158,9 +158,7 @@ class MeanFlowTask:
         """Update the model in every step."""
         return ("model",)
 
-    def compute(
-        self, phase: str, step: int, micro: int, generator: torch.Generator
-    ) -> StepOutput:
+    def compute(self, phase: str, step: int, micro: int, generator: torch.Generator) -> StepOutput:
         """Return the MeanFlow loss of one micro-batch."""
         settings = self.settings
         batch = draw_batch(
@@ -219,8 +217,10 @@ class MeanFlowTask:
         weighted = errors
         if settings.adaptive_power > 0:
             size = u[0].numel()
-            weighted = errors * size * adaptive_weight(
-                errors, size, settings.adaptive_power, settings.adaptive_constant
+            weighted = (
+                errors
+                * size
+                * adaptive_weight(errors, size, settings.adaptive_power, settings.adaptive_constant)
             )
         return StepOutput(
             weighted.mean(),

@@ -163,9 +163,7 @@ class PredictorTask:
             return ("predictor",)
         return ("predictor", "discriminator")
 
-    def compute(
-        self, phase: str, step: int, micro: int, generator: torch.Generator
-    ) -> StepOutput:
+    def compute(self, phase: str, step: int, micro: int, generator: torch.Generator) -> StepOutput:
         """Return the loss of the predictor, or of the discriminator on the same micro-batch."""
         if phase == "discriminator":
             return self._discriminate(self._pending.pop(micro))
@@ -182,7 +180,12 @@ class PredictorTask:
         r = interval_pairs(t, generator, restriction=settings.restriction)
         delta = settings.delta_max * torch.rand(count, generator=generator)
         later = shifted_pair(t, r, delta)
-        return t.to(self.device), r.to(self.device), later[0].to(self.device), later[1].to(self.device)
+        return (
+            t.to(self.device),
+            r.to(self.device),
+            later[0].to(self.device),
+            later[1].to(self.device),
+        )
 
     def _end(self, r: Tensor) -> Tensor | None:
         return r if self.host.mean_flow else None

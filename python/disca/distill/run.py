@@ -42,13 +42,16 @@ from disca.distill.config import (
 )
 from disca.distill.flow import TeacherTask
 from disca.distill.meanflow import MeanFlowTask
+from disca.distill.predictor import PredictorTask
 from disca.distill.trainer import Task, Trainer, require_same_config, step_generator
 from disca.errors import UserError
 from disca.eval.classifier import train_classifier
 from disca.models.configs import DiTConfig
+from disca.models.discriminator import Discriminator
 from disca.models.dit import DiT
+from disca.models.predictor import Predictor
 
-__all__ = ["Bundle", "export", "load_models", "train"]
+__all__ = ["Bundle", "export", "load_models", "locked", "train"]
 
 _DONE = "done.json"
 # What has no influence on the weights may change between two runs of the same command.
@@ -92,7 +95,7 @@ def train(
     torch.set_num_threads(checked.threads)
     source = build_source(checked.data)
     run = _Run(checked, folder, source, base_config(checked, source), progress)
-    with _locked(folder):
+    with locked(folder):
         for name in checked.stages:
             if name in wanted:
                 run.stage(name)
@@ -101,7 +104,7 @@ def train(
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Make the folder, prove that it can be written, and keep other runs out of it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +149,9 @@ class _Run:
             module = self._classifier(name, settings)
         else:
             module = self._train(name, settings, folder, identity)
-        ckpt.write_tensors(folder / MODEL_FILE, module.state_dict(), {"stage": name, "config": identity})
+        ckpt.write_tensors(
+            folder / MODEL_FILE, module.state_dict(), {"stage": name, "config": identity}
+        )
         ckpt.write_json(
             done, {"config": identity, "weights": ckpt.file_digest(folder / MODEL_FILE)}
         )
@@ -247,11 +252,7 @@ class _Run:
         )
         return student.to(self.config.device)
 
-    def _predictor_task(self, name: str, settings: PredictorStage) -> Task:
-        from disca.distill.predictor import PredictorTask
-        from disca.models.discriminator import Discriminator
-        from disca.models.predictor import Predictor
-
+    def _predictor_task(self, name: str, settings: PredictorStage) -> PredictorTask:
         host = self._load(settings.host)
         predictor = build_stage(self.model, self.config, name, self.source)
         if not isinstance(predictor, Predictor):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One trainer for every stage: optimisers, EMA, precision, checkpoints, logs, exact resume.
 
-A stage is a :class:`Task`: named trainable modules and a loss. All randomness of a micro-batch comes
-from a generator seeded by (seed, stage, step, micro-batch), so that a step depends on the
+A stage is a :class:`Task`: named trainable modules and a loss. All randomness of a micro-batch
+comes from a generator seeded by (seed, stage, step, micro-batch), so that a step depends on the
 checkpointed state only and a resumed run is bit-equal to an undisturbed one.
 """
 
@@ -78,9 +78,7 @@ class Task(Protocol):
         """Return the groups to update in this step (counted from 0), in order."""
         ...
 
-    def compute(
-        self, phase: str, step: int, micro: int, generator: torch.Generator
-    ) -> StepOutput:
+    def compute(self, phase: str, step: int, micro: int, generator: torch.Generator) -> StepOutput:
         """Return the loss of a group on one micro-batch; called under autocast."""
         ...
 
@@ -275,9 +273,9 @@ class Trainer:
         )
         return (
             f"stage {self.task.name!r}, step {step + 1}: the {phase} loss is "
-            f"{float(output.loss.detach())}; {samples or 'no single sample'}; first not finite: {culprit}. "
-            f"Lower the learning rate or use precision 'float32'; rerunning resumes from the last "
-            f"checkpoint"
+            f"{float(output.loss.detach())}; {samples or 'no single sample'}; first not finite: "
+            f"{culprit}. Lower the learning rate or use precision 'float32'; rerunning resumes "
+            f"from the last checkpoint"
         )
 
     def _explain_gradient(self, phase: str, step: int) -> str:
