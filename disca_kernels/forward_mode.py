@@ -2,6 +2,7 @@
 """What operations need to know about forward-mode AD so that no tangent is lost without a word."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def active() -> bool:
     return level >= 0
 
 
-def opaque_to_compile(function: Callable[..., Tensor]) -> Callable[[], None]:
+def opaque_to_compile(function: Callable[..., Any]) -> Callable[[], None]:
     """Return a call that makes `torch.compile` put `function` into its graph without tracing it.
 
     Tracing drops the `jvp` of an autograd Function silently; what is put into the graph as it is
@@ -59,7 +60,7 @@ def _forward_levels() -> set[int]:
 
 def _is_dual(tensor: Tensor) -> bool:
     """Return whether a tensor carries a tangent of `forward_ad.dual_level`."""
-    return active() and forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def refuse_second_tangent(op: str, *tensors: Tensor | None) -> None:
@@ -85,10 +86,10 @@ def refuse_tangents(message: str, *tensors: Tensor | None) -> None:
 
     Args:
         message: what is not possible and what would work.
-        *tensors: what a kernel without a forward-mode rule is about to get.
+        *tensors: what an operation without a forward-mode rule is about to get.
 
     Raises:
         NotImplementedError: with `message`.
     """
-    if any(_jvp_levels(t) or _is_dual(t) for t in tensors if t is not None):
+    if active() and any(_jvp_levels(t) or _is_dual(t) for t in tensors if t is not None):
         raise NotImplementedError(message)

@@ -6,7 +6,6 @@ know how to call. Such an operator has no forward mode and loses a tangent witho
 is called only by the rules of a Function, and those refuse to pass a dual number on to it.
 """
 
-from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from disca_kernels import forward_mode
 from disca_kernels.backend import Backend
+from disca_kernels.batching import fold, folding_rule, unfold
 from disca_kernels.ops.adaln_modulate.reference import (
     adaln_modulate_jvp_reference,
     adaln_modulate_reference,
@@ -129,42 +129,8 @@ def _(x: Tensor, *_: Any) -> Tensor:
     return _like(x)
 
 
-def _fold(size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> list[Any]:
-    """Fold the mapped dimension of each tensor into its batch dimension: [V, B, ...] to [V*B, ...].
-
-    An unmapped tensor is repeated; a copy is made only where the layout cannot express that.
-    """
-    folded = []
-    for argument, dim in zip(args, in_dims, strict=True):
-        if not isinstance(argument, Tensor):
-            folded.append(argument)
-            continue
-        moved = argument.expand(size, *argument.shape) if dim is None else argument.movedim(dim, 0)
-        folded.append(moved.flatten(0, 1))
-    return folded
-
-
-def _unfold(size: int, tensor: Tensor) -> Tensor:
-    """Undo the folding of a result; the empty stand-in of an absent gradient is repeated."""
-    if tensor.ndim == 1:
-        return tensor.expand(size, *tensor.shape)
-    return tensor.reshape(size, tensor.shape[0] // size, *tensor.shape[1:])
-
-
-def _folding_rule(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the vmap rule of an operator whose tensors all have the batch dimension first."""
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        result = operator(*_fold(info.batch_size, in_dims, args))
-        if isinstance(result, Tensor):
-            return _unfold(info.batch_size, result), 0
-        return tuple(_unfold(info.batch_size, r) for r in result), (0,) * len(result)
-
-    return rule
-
-
 for _operator in (_fwd, _bwd, _dual, _tangent):
-    _operator.register_vmap(_folding_rule(_operator))
+    _operator.register_vmap(folding_rule(_operator))
 
 
 class AdalnModulateGradientFunction(torch.autograd.Function):
@@ -266,9 +232,9 @@ class AdalnModulateFunction(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
         """Fold the mapped dimension into the batch."""
-        folded = _fold(info.batch_size, in_dims, args)
+        folded = fold(info.batch_size, in_dims, args)
         y: Tensor = AdalnModulateFunction.apply(*folded)  # type: ignore[no-untyped-call]
-        return _unfold(info.batch_size, y), 0
+        return unfold(info.batch_size, y), 0
 
 
 class AdalnModulateDualFunction(torch.autograd.Function):
@@ -342,8 +308,8 @@ def value_and_tangent(
         y = adaln_modulate_reference(x, shift, scale, eps=eps)
         with torch.no_grad():
             return y, adaln_modulate_jvp_reference(primals, tangents, eps=eps)[1]
-    x_dot, shift_dot, scale_dot = (None if t is None else t.detach() for t in tangents)
+    dots = (None if t is None else t.detach() for t in tangents)
     y, y_dot = AdalnModulateDualFunction.apply(  # type: ignore[no-untyped-call]
-        x, shift, scale, x_dot, shift_dot, scale_dot, eps, backend.value
+        *primals, *dots, eps, backend.value
     )
     return y, y_dot.detach()
