@@ -186,14 +186,13 @@ def time_tangent(
     docs: Docs = None,
 ) -> None:
     """Train MeanFlow with several widths of the time tangent and compare."""
-    from disca.demo.files import check_section, output_folder, replace_section
+    from disca.demo.files import check_section, replace_section
 
     if docs is not None:
         check_section(docs, ABLATION_SECTION)
-    output_folder(out)
-    from disca.distill import ablation
+    from disca.distill.ablation import run
 
-    table = ablation.run(checkpoints, out)
+    table = run(checkpoints, out)
     typer.echo(table)
     if docs is not None:
         replace_section(docs, ABLATION_SECTION, table)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from disca.cache import CacheReport, Decision, LearnedPredictor, NoCache, Reuse
 from disca.errors import UserError
+from disca.models import Condition, DiT, DiTConfig
+from disca.models.predictor import Predictor
 from disca.sample import cached_sample, disca_sample, flow_shift_schedule, mean_velocity
 
 SCHEDULE = flow_shift_schedule(20)
@@ -194,3 +196,59 @@ def test_rejects_a_predictor_of_another_host(x):
 def test_list_for_another_schedule(x):
     with pytest.raises(UserError, match="'n4' is for 20 steps, got 10"):
         disca_sample(ToyHost(), SpyPredictor(), x, flow_shift_schedule(10), None, "n4")
+
+
+@pytest.fixture(scope="module")
+def real_host():
+    """A DiT with random weights everywhere, so that no term vanishes."""
+    torch.manual_seed(0)
+    config = DiTConfig(
+        in_channels=1,
+        out_channels=1,
+        patch=(2, 2, 2),
+        hidden=24,
+        heads=1,
+        rope_dims=(8, 8, 8),
+        double_blocks=1,
+        single_blocks=2,
+        text_dim=5,
+        text_refiner_depth=0,
+        pooled_dim=5,
+        time_features=16,
+        guidance_embed=True,
+        mean_flow=True,
+    )
+    host = DiT(config).eval()
+    with torch.no_grad():
+        for parameter in host.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return host
+
+
+@pytest.fixture
+def real_inputs():
+    lengths = torch.tensor([3, 1])
+    cond = Condition(torch.randn(2, 3, 5), lengths, torch.randn(2, 5)).with_guidance(4.0)
+    return torch.randn(2, 1, 2, 4, 6), flow_shift_schedule(5), cond
+
+
+def test_dit_all_full(real_host, real_inputs):
+    x, schedule, cond = real_inputs
+    predictor = Predictor(real_host.config)
+    result = disca_sample(real_host, predictor, x, schedule, cond, "all", allow_idle=True)
+    with torch.no_grad():
+        plain = mean_velocity(lambda x, t, r: real_host(x, t, r, cond), x, schedule)
+    assert torch.equal(result.x, plain)
+    assert not torch.equal(result.x, x)
+
+
+def test_dit_untrained_residual_predictor_is_reuse(real_host, real_inputs):
+    x, schedule, cond = real_inputs
+    predictor = Predictor(real_host.config, form="residual").eval()
+    learned = disca_sample(real_host, predictor, x, schedule, cond, "every:2")
+    reused = cached_sample(real_host, Reuse([0, 2, 4]), x, schedule, cond)
+    assert torch.equal(learned.x, reused.x)
+    plain = cached_sample(real_host, NoCache(), x, schedule, cond)
+    assert not torch.equal(reused.x, plain.x)
+    # video tokens (1 * 2 * 3) and text tokens (3, padding included) of width 24, two samples
+    assert learned.cache_bytes == 2 * (6 + 3) * 24 * 4

@@ -255,6 +255,10 @@ EVALUATE = ["evaluate", "--checkpoints", "RUN", "--out", "OUT/r"]
         (["demo", "--out", "OUT/r", "--what"], "No such option"),
         (["ablate", "time-tangent", "--out", "OUT/r"], "Missing option '--checkpoints'"),
         (
+            ["ablate", "time-tangent", "--out", "OUT/r", "--checkpoints", "OUT"],
+            "holds no trained run",
+        ),
+        (
             ["ablate", "time-tangent", *EVALUATE[1:], "--docs", "OUT/file"],
             "needs the lines '<!-- begin time-tangent -->'",
         ),

@@ -275,7 +275,7 @@ def test_rejects_missing_pieces(settings):
     without = {"hosts": {"teacher": full.hosts["teacher"]}}
     cases = [
         ({"classifier": None}, "no finished classifier stage"),
-        (without, "no finished stage 'cfg'; found: teacher"),
+        (without, "no finished stage 'rmeanflow'; found: teacher"),
         ({"predictors": {"paper": full.predictors["paper"]}}, "'residual' form; found"),
     ]
     for change, match in cases:
