@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from disca_kernels.operands import contiguous_rows, row_strides
+
 _TILE_ELEMENTS = 2048
 _MAX_ROWS_PER_TILE = 16
 # Programs of the backward pass: about four for each multiprocessor of the largest devices. It is a
@@ -247,25 +249,13 @@ def _tile(n_channels: int, live_rows: int) -> tuple[int, int, int]:
     return block_n, block_c, min(max(block_n * block_c // per_warp, 1), 16)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """Return a tensor whose last dimension is contiguous; only another layout costs a copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
-
-
-def _strides(tensor: Tensor | None) -> tuple[int, int]:
-    """Return the batch and token strides; a tensor with one row per sample has no token stride."""
-    if tensor is None:
-        return 0, 0
-    return tensor.stride(0), tensor.stride(1) if tensor.ndim == 3 else 0
-
-
 def launch_fwd(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Return y [B, N, C] in the dtype of x."""
     n_batch, n_tokens, n_channels = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    x, shift, scale = _rows(x), _rows(shift), _rows(scale)
+    x, shift, scale = contiguous_rows(x), contiguous_rows(shift), contiguous_rows(scale)
     block_n, block_c, num_warps = _tile(n_channels, live_rows=3)
     _adaln_modulate_fwd_kernel[(n_batch * triton.cdiv(n_tokens, block_n),)](
         x,
@@ -275,9 +265,9 @@ def launch_fwd(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
         n_tokens,
         n_channels,
         eps,
-        *_strides(x),
-        *_strides(shift),
-        *_strides(scale),
+        *row_strides(x),
+        *row_strides(shift),
+        *row_strides(scale),
         PER_TOKEN=scale.ndim == 3,
         BLOCK_N=block_n,
         BLOCK_C=block_c,
@@ -305,7 +295,7 @@ def launch_bwd(
         dtype = scale.dtype if per_token else torch.float32
         sums = [torch.empty(shape, dtype=dtype, device=x.device) for _ in range(2)]
     if x.numel() > 0:
-        dy, x, scale = _rows(dy), _rows(x), _rows(scale)
+        dy, x, scale = contiguous_rows(dy), contiguous_rows(x), contiguous_rows(scale)
         _adaln_modulate_bwd_kernel[(n_batch * n_splits,)](
             dy,
             x,
@@ -317,9 +307,9 @@ def launch_bwd(
             eps,
             n_splits,
             rows,
-            *_strides(dy),
-            *_strides(x),
-            *_strides(scale),
+            *row_strides(dy),
+            *row_strides(x),
+            *row_strides(scale),
             PER_TOKEN=per_token,
             BLOCK_N=block_n,
             BLOCK_C=block_c,
@@ -337,15 +327,16 @@ def launch_jvp(
     with_value: bool,
 ) -> tuple[Tensor | None, Tensor]:
     """Return y (None without `with_value`) and y_dot, both [B, N, C] in the dtype of x."""
-    x, shift, scale = (_rows(t) for t in primals)
-    tangents = tuple(None if t is None else _rows(t) for t in tangents)
+    x, shift, scale = (contiguous_rows(t) for t in primals)
+    tangents = tuple(None if t is None else contiguous_rows(t) for t in tangents)
     n_batch, n_tokens, n_channels = x.shape
     y_dot = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y = torch.empty_like(y_dot) if with_value else None
     if y_dot.numel() == 0:
         return y, y_dot
     block_n, block_c, num_warps = _tile(n_channels, live_rows=5)
-    strides = [stride for t in (x, shift, scale, *tangents) for stride in _strides(t)]
+    operands = (x, shift, scale, *tangents)
+    strides = [s for t in operands for s in ((0, 0) if t is None else row_strides(t))]
     _adaln_modulate_jvp_kernel[(n_batch * triton.cdiv(n_tokens, block_n),)](
         x,
         shift,

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How kernels are told where the rows of a tensor are."""
+
+from torch import Tensor
+
+Rows = tuple[int, int, int]
+"""Address, batch stride and token stride of an operand, the strides in elements."""
+
+
+def contiguous_rows(tensor: Tensor) -> Tensor:
+    """Return a tensor whose last dimension is contiguous.
+
+    Nearly every tensor has that layout already and is returned as it is. Any other, such as the
+    expanded gradient that `sum().backward()` sends, is copied, since a kernel reads whole rows.
+    """
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def row_strides(tensor: Tensor) -> tuple[int, int]:
+    """Return batch and token stride of [B, N, C]; for [B, C] the token stride is 0."""
+    return tensor.stride(0), tensor.stride(1) if tensor.ndim == 3 else 0
+
+
+def rows(tensor: Tensor) -> Rows:
+    """Describe [B, N, C] or [B, C] for C++, which gets addresses and no tensors."""
+    return tensor.data_ptr(), *row_strides(tensor)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Return where a tensor's elements start, 0 for an absent one."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Return the dtype as C++ spells it, such as "bfloat16"."""
+    return str(tensor.dtype).removeprefix("torch.")
