@@ -19,6 +19,7 @@ from disca_kernels.dual.tensor import (
     function_name,
     make_dual,
     primals_of,
+    values_of,
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -80,7 +81,8 @@ def tangent_handler(body: Callable[..., Any]) -> Callable[..., Any]:
     """Value by the function itself, then the tangent by ``body`` without gradients."""
 
     def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = func(*primals_of(args), **primals_of(kwargs)) if kwargs else func(*primals_of(args))
+        values = values_of(args)
+        out = func(*values, **primals_of(kwargs)) if kwargs else func(*values)
         grad = _is_grad_enabled()
         if grad:
             _set_grad_enabled(False)
@@ -117,7 +119,7 @@ def linear_handler(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if not args:
         args, kwargs = _first_positional(kwargs)
     x = args[0]
-    rest = primals_of(args[1:])
+    rest = values_of(args[1:])
     if kwargs:
         kwargs = primals_of(kwargs)
     if type(x) is not DualTensor:
@@ -141,12 +143,17 @@ def list_handler(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     parts = args[0] if isinstance(args[0], list | tuple) else args
     rest = primals_of(args[1:]) if isinstance(args[0], list | tuple) else ()
     out = func(primals_of(list(parts)), *rest, **kwargs)
-    with torch.no_grad():
+    grad = _is_grad_enabled()
+    if grad:
+        _set_grad_enabled(False)
+    try:
         dots = [
-            part._tangent if type(part) is DualTensor else torch.zeros_like(primals_of(part))
-            for part in parts
+            part._tangent if type(part) is DualTensor else torch.zeros_like(part) for part in parts
         ]
         out_dot = func(dots, *rest, **kwargs)
+    finally:
+        if grad:
+            _set_grad_enabled(True)
     return pair(func, out, out_dot)
 
 

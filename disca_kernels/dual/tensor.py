@@ -18,6 +18,7 @@ Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 HANDLERS: dict[Any, Handler] = {}
 
 
+_NESTS = frozenset((tuple, list, dict))
 _NOWHERE = torch.device("meta")
 
 
@@ -209,6 +210,14 @@ def primals_of(tree: Any) -> Any:
     return tree
 
 
+def values_of(args: tuple[Any, ...]) -> list[Any]:
+    """The arguments of a call with values in place of duals."""
+    return [
+        arg._primal if type(arg) is DualTensor else primals_of(arg) if type(arg) in _NESTS else arg
+        for arg in args
+    ]
+
+
 def has_dual(tree: Any) -> bool:
     """Whether nested lists, tuples and dicts hold a dual."""
     if isinstance(tree, DualTensor):
@@ -223,11 +232,12 @@ def function_name(func: Any) -> str:
     """A name that a user recognises, such as ``torch.Tensor.item``."""
     name = torch.overrides.resolve_name(func)
     if name:
-        return str(name).replace("'", "").removesuffix(".__get__")
+        return str(name).removesuffix(".__get__")
     if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return f"torch.ops.{func}"
     owner = getattr(func, "__module__", None) or type(func).__module__
-    return f"{owner}.{getattr(func, '__qualname__', None) or func!r}"
+    name = getattr(func, "__qualname__", None) or repr(func)
+    return f"{owner}.{name}"
 
 
 def _caller() -> str:

@@ -52,6 +52,27 @@ def _mul(out: Tensor, input: Any, other: Any) -> Any:
     return out_dot + y_dot * x
 
 
+@rule(*spellings("addcmul"))
+def _addcmul(out: Tensor, input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
+    (x, x_dot), (y, y_dot) = split(tensor1), split(tensor2)
+    out_dot = tangent(input)
+    for left, right in ((x_dot, y), (x, y_dot)):
+        if left is not None and right is not None:
+            if out_dot is None:
+                out_dot = left * right if value == 1 else (left * right).mul_(value)
+            else:
+                out_dot = torch.addcmul(out_dot, left, right, value=value)
+    return out_dot
+
+
+@rule(*spellings("lerp"))
+def _lerp(out: Tensor, input: Any, end: Any, weight: Any) -> Any:
+    (x, x_dot), (y, y_dot), (w, w_dot) = split(input), split(end), split(weight)
+    out_dot = None if x_dot is None else x_dot * (1 - w)
+    out_dot = accumulate(out_dot, None if y_dot is None else y_dot * w)
+    return accumulate(out_dot, None if w_dot is None else (y - x) * w_dot)
+
+
 @rule(*spellings("div", "divide", "true_divide", "__truediv__", "__div__"))
 def _div(out: Tensor, input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
     if rounding_mode is not None:

@@ -8,6 +8,7 @@ backward kernel applied to a tangent instead of a gradient is the forward-mode d
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import functional
 
 from disca_kernels.dual.fallback import tangents_by_func_jvp
 from disca_kernels.dual.registry import rule, spellings
-from disca_kernels.dual.tensor import split
+from disca_kernels.dual.tensor import split, tangent
 
 
 def _affine(normal: Any, normal_dot: Any, weight: Any, bias: Any) -> Any:
@@ -61,15 +62,15 @@ def _rms_norm(
 ) -> Any:
     x, x_dot = split(input)
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    dims = list(range(-len(normalized_shape), 0))
+    dims = tuple(range(-len(normalized_shape), 0))
     epsilon = torch.finfo(wide.dtype).eps if eps is None else eps
-    rstd = torch.rsqrt(wide.square().mean(dims, keepdim=True) + epsilon)
-    normal = wide * rstd
+    norm = torch.linalg.vector_norm(wide, dim=dims, keepdim=True)
+    rstd = norm.square_().div_(math.prod(normalized_shape)).add_(epsilon).rsqrt_()
     normal_dot = None
     if x_dot is not None:
-        along = (normal * x_dot).mean(dims, keepdim=True)
-        normal_dot = torch.addcmul(x_dot.to(wide.dtype), normal, along, value=-1).mul_(rstd)
-    return _affine(normal, normal_dot, weight, None)
+        along = (wide * x_dot).mean(dims, keepdim=True).mul_(rstd).mul_(rstd)
+        normal_dot = torch.addcmul(x_dot.to(wide.dtype), wide, along, value=-1).mul_(rstd)
+    return _affine(None if tangent(weight) is None else wide * rstd, normal_dot, weight, None)
 
 
 def _register_running(func: Callable[..., Tensor], live: str) -> None:

@@ -45,6 +45,26 @@ def _reflected_matmul(out: Tensor, input: Any, other: Any) -> Tensor | None:
     return accumulate(left, None if y_dot is None else torch.matmul(x, y_dot))
 
 
+def _register_sum_and_product(name: str) -> None:
+    combine = getattr(torch, name)
+
+    @rule(*spellings(name))
+    def _sum_and_product(
+        out: Tensor, input: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1
+    ) -> Tensor | None:
+        (x, x_dot), (y, y_dot), out_dot = split(left), split(right), tangent(input)
+        out_dot = None if out_dot is None else out_dot * beta
+        for first, second in ((x_dot, y), (x, y_dot)):
+            if first is not None and second is not None:
+                so_far = out.new_zeros(()) if out_dot is None else out_dot
+                out_dot = combine(so_far, first, second, alpha=alpha)
+        return out_dot
+
+
+for _name in ("addmm", "baddbmm"):
+    _register_sum_and_product(_name)
+
+
 @rule(torch.einsum)
 def _einsum(out: Tensor, equation: str, *operands: Any) -> Any:
     if not isinstance(equation, str):
