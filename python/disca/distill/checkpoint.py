@@ -33,9 +33,6 @@ __all__ = [
     "write_text",
 ]
 
-_FORMAT = "disca-1"
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """What a checkpoint file holds.
@@ -134,7 +131,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     temporary = path.with_name(f".{path.name}.tmp")
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(flat, temporary, {"format": _FORMAT, "metadata": _canonical(metadata)})
+    # One entry only: safetensors writes several in random order, and equal content should give
+    # equal bytes.
+    save_file(flat, temporary, {"metadata": _canonical(metadata)})
     # safetensors makes files that nobody else may read.
     temporary.chmod(0o644)
     _commit(temporary, path)
@@ -220,8 +219,11 @@ def restore_optimizer(
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("/")
         parameter = parameters.get(name)
-        if parameter not in owners or (value.dim() > 0 and value.shape != parameter.shape):
+        if (
+            parameter is None
+            or parameter not in owners
+            or (value.dim() > 0 and value.shape != parameter.shape)
+        ):
             raise UserError(f"{source}: optimiser state {full_name!r} fits no parameter")
-        assert parameter is not None
         device = parameter.device if value.dim() > 0 else value.device
         owners[parameter].state[parameter][key] = value.to(device)
