@@ -12,12 +12,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # Triton reads this when a kernel module is imported, so it is set before any test can do that.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# `torch.device("meta")` as a context knows the functions that allocate by identity, collected on
+# first use. Collected while they are patched, it would let the real ones allocate real memory.
+_device_constructors()
 
 _INTEGER_POISON = {
     torch.uint8: 0xDB,
