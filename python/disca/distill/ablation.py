@@ -57,15 +57,15 @@ class AblationSettings(Settings):
     widths: tuple[Width, ...] = (0.0, 0.01, 0.05, "interval")
     restrictions: tuple[float, ...] = (0.2, 1.0)
     seeds: tuple[int, ...] = (0, 1, 2)
-    iterations: int = Field(150, ge=1)
-    batch: int = Field(64, ge=1)
-    lr: float = Field(3e-4, gt=0)
+    iterations: int = Field(default=150, ge=1)
+    batch: int = Field(default=64, ge=1)
+    lr: float = Field(default=3e-4, gt=0)
     steps: tuple[int, ...] = (20, 10, 5, 2)
-    reference_steps: int = Field(50, ge=1)
+    reference_steps: int = Field(default=50, ge=1)
     guidance: float = 4.0
-    shift: float = Field(5.0, gt=0)
-    clips: int = Field(64, ge=1)
-    window: float = Field(0.2, gt=0, le=0.5)
+    shift: float = Field(default=5.0, gt=0)
+    clips: int = Field(default=64, ge=1)
+    window: float = Field(default=0.2, gt=0, le=0.5)
 
 
 @dataclass(frozen=True)
@@ -286,9 +286,10 @@ def table(rows: Sequence[_Row], baseline: Mapping[int, float], settings: Ablatio
     steps = settings.steps
     lines = [
         f"Squared error of {settings.clips} samples against the teacher's "
-        f"{settings.reference_steps} steps, after {settings.iterations} iterations from that teacher, {len(settings.seeds)} "
-        f"seeds, guidance {settings.guidance:g}, shift {settings.shift:g}. Loss and rms of du/dt: "
-        f"mean of the first and of the last {settings.window:.0%} of the iterations.",
+        f"{settings.reference_steps} steps, after {settings.iterations} iterations from that "
+        f"teacher, {len(settings.seeds)} seeds, guidance {settings.guidance:g}, shift "
+        f"{settings.shift:g}. Loss and rms of du/dt: mean of the first and of the last "
+        f"{settings.window:.0%} of the iterations.",
         "",
         "| R | width h | loss first | loss last | verdict | rms du/dt first | rms du/dt last | "
         + " | ".join(f"{n} steps" for n in steps)

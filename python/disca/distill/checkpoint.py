@@ -33,6 +33,7 @@ __all__ = [
     "write_text",
 ]
 
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What a checkpoint file holds.

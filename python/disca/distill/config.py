@@ -61,9 +61,9 @@ class TimeConfig(Settings):
     """Distribution of t (:func:`disca.distill.times.sample_times`)."""
 
     distribution: Literal["uniform", "shifted", "logit_normal"] = "uniform"
-    shift: float = Field(1.0, gt=0)
+    shift: float = Field(default=1.0, gt=0)
     mean: float = 0.0
-    std: float = Field(1.0, gt=0)
+    std: float = Field(default=1.0, gt=0)
 
 
 class OptimizerConfig(Settings):
@@ -73,16 +73,18 @@ class OptimizerConfig(Settings):
     to the update size of AdamW, and only the rest by AdamW; both follow one schedule.
     """
 
-    lr: float = Field(1e-3, gt=0)
-    muon_lr: float | None = Field(None, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
+    muon_lr: float | None = Field(default=None, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup: int = Field(0, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup: int = Field(default=0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
-    final_lr: float = Field(0.0, ge=0, le=1, description="last rate as a share of lr (cosine)")
-    clip: float | None = Field(1.0, gt=0)
-    ema: float | None = Field(0.999, gt=0, lt=1)
+    final_lr: float = Field(
+        default=0.0, ge=0, le=1, description="last rate as a share of lr (cosine)"
+    )
+    clip: float | None = Field(default=1.0, gt=0)
+    ema: float | None = Field(default=0.999, gt=0, lt=1)
     ema_warmup: bool = True
 
     @property
@@ -114,23 +116,23 @@ class TrainerConfig(Settings):
     """What the trainer needs beside the loss; every stage has these fields."""
 
     steps: int = Field(ge=1)
-    batch: int = Field(64, ge=1)
-    accumulate: int = Field(1, ge=1)
+    batch: int = Field(default=64, ge=1)
+    accumulate: int = Field(default=1, ge=1)
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    checkpoint_every: int = Field(100, ge=1)
-    log_every: int = Field(1, ge=1)
-    time_bins: int = Field(8, ge=1, le=64)
+    checkpoint_every: int = Field(default=100, ge=1)
+    log_every: int = Field(default=1, ge=1)
+    time_bins: int = Field(default=8, ge=1, le=64)
     tensorboard: bool = True
-    init: str | None = Field(None, description="stage whose weights this one starts from")
+    init: str | None = Field(default=None, description="stage whose weights this one starts from")
 
 
 class ClassifierStage(Settings):
     """The small classifier behind the semantic and quality scores."""
 
     kind: Literal["classifier"] = "classifier"
-    steps: int = Field(600, ge=1)
-    batch: int = Field(64, ge=1)
-    lr: float = Field(2e-3, gt=0)
+    steps: int = Field(default=600, ge=1)
+    batch: int = Field(default=64, ge=1)
+    lr: float = Field(default=2e-3, gt=0)
 
 
 class TeacherStage(TrainerConfig):
@@ -139,7 +141,7 @@ class TeacherStage(TrainerConfig):
     kind: Literal["teacher"] = "teacher"
     optimizer: OptimizerConfig = OptimizerConfig()
     time: TimeConfig = TimeConfig(distribution="logit_normal", mean=0.5)
-    dropout: float = Field(0.1, ge=0, le=1)
+    dropout: float = Field(default=0.1, ge=0, le=1)
 
 
 class CfgStage(TrainerConfig):
@@ -159,16 +161,17 @@ class MeanFlowStage(TrainerConfig):
     teacher: str = "cfg"
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4)
     time: TimeConfig = TimeConfig()
-    restriction: float = Field(1.0, gt=0, le=1)
-    equal_fraction: float = Field(0.0, ge=0, le=1)
+    restriction: float = Field(default=1.0, gt=0, le=1)
+    equal_fraction: float = Field(default=0.0, ge=0, le=1)
     guidance: GuidanceRange = (1.0, 8.0)
     velocity: Literal["teacher", "data"] = "teacher"
     tangent_width: float | Literal["interval"] = 0.05
-    tangent_clip: float | None = Field(None, gt=0)
-    tangent_normalise: float | None = Field(None, gt=0)
-    tangent_warmup: int = Field(0, ge=0)
-    adaptive_power: float = Field(0.0, ge=0)
-    adaptive_constant: float = Field(1e-2, gt=0)
+    tangent_clip: float | None = Field(default=None, gt=0)
+    correction_clip: float | None = Field(default=None, gt=0)
+    tangent_normalise: float | None = Field(default=None, gt=0)
+    tangent_warmup: int = Field(default=0, ge=0)
+    adaptive_power: float = Field(default=0.0, ge=0)
+    adaptive_constant: float = Field(default=1e-2, gt=0)
     ema_target: bool = False
 
     @model_validator(mode="after")
@@ -185,23 +188,23 @@ class PredictorStage(TrainerConfig):
 
     kind: Literal["predictor"] = "predictor"
     host: str = "rmeanflow"
-    steps: int = Field(1500, ge=1)
-    mse_steps: int = Field(500, ge=0)
+    steps: int = Field(default=1500, ge=1)
+    mse_steps: int = Field(default=500, ge=0)
     form: Literal["paper", "residual"] = "paper"
     block: Literal["single", "double"] = "single"
-    depth: int = Field(2, ge=1)
+    depth: int = Field(default=2, ge=1)
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, ema=None)
     discriminator: OptimizerConfig = OptimizerConfig(lr=1e-2, betas=(0.0, 0.999), ema=None)
     taps: list[int] | None = None
-    gan_weight: float = Field(1.0, ge=0)
+    gan_weight: float = Field(default=1.0, ge=0)
     time: TimeConfig = TimeConfig()
-    restriction: float = Field(0.2, gt=0, le=1)
+    restriction: float = Field(default=0.2, gt=0, le=1)
     guidance: GuidanceRange = (1.0, 8.0)
     delta: Literal["uniform", "schedule"] = "uniform"
-    delta_max: float = Field(0.2, gt=0, le=1)
+    delta_max: float = Field(default=0.2, gt=0, le=1)
     schedule_lists: list[str] = ["n2", "n3", "n4"]
-    schedule_steps: int = Field(20, ge=2)
-    schedule_shift: float = Field(5.0, gt=0)
+    schedule_steps: int = Field(default=20, ge=2)
+    schedule_shift: float = Field(default=5.0, gt=0)
     points: Literal["line", "student"] = "line"
 
     @model_validator(mode="after")
@@ -227,8 +230,8 @@ Stage = Annotated[
 class RunConfig(Settings):
     """A whole run: data, model and the stages in the order in which they are trained."""
 
-    seed: int = Field(0, ge=0)
-    threads: int = Field(2, ge=1)
+    seed: int = Field(default=0, ge=0)
+    threads: int = Field(default=2, ge=1)
     device: str = "cpu"
     data: dict[str, Any]
     model: dict[str, Any]

@@ -20,6 +20,7 @@ from disca_kernels import dual
 __all__ = [
     "MeanFlowTask",
     "adaptive_weight",
+    "clip_correction",
     "clip_tangent",
     "mean_velocity_and_slope",
     "meanflow_target",
@@ -85,6 +86,27 @@ def meanflow_target(
 def clip_tangent(slope: Tensor, limit: float) -> Tensor:
     """Scale du/dt of each sample down to a root mean square of at most ``limit``."""
     rms = slope.flatten(1).float().square().mean(dim=1).sqrt()
+    return slope * broadcast((limit / rms.clamp_min(limit)).to(slope.dtype), slope)
+
+
+def clip_correction(slope: Tensor, t: Tensor, r: Tensor, limit: float) -> Tensor:
+    """Scale du/dt of each sample so that ``(t - r) du/dt`` has a root mean square <= ``limit``.
+
+    By the MeanFlow identity that product is v - u, a difference of two averages of the velocity: it
+    is never larger than twice the velocity's own size. Where the flow branches (a sample chooses
+    where its content goes) du/dt grows beyond that for as long as u has not adapted, and its
+    product with a long interval would drown every other sample.
+
+    Args:
+        slope: du/dt ``[B, C, F, H, W]``.
+        t: Interval starts ``[B]``.
+        r: Interval ends ``[B]``.
+        limit: Largest root mean square of the product over a sample.
+
+    Returns:
+        The slopes, scaled down where needed.
+    """
+    rms = (t - r) * slope.flatten(1).float().square().mean(dim=1).sqrt()
     return slope * broadcast((limit / rms.clamp_min(limit)).to(slope.dtype), slope)
 
 
@@ -208,6 +230,8 @@ class MeanFlowTask:
         rms = slope.float().square().mean().sqrt()
         if settings.tangent_clip is not None:
             slope = clip_tangent(slope, settings.tangent_clip)
+        if settings.correction_clip is not None:
+            slope = clip_correction(slope, t, r, settings.correction_clip)
         ratio = min(1.0, step / settings.tangent_warmup) if settings.tangent_warmup else 1.0
         target = meanflow_target(velocity, slope, t, r, ratio=ratio)
         correction = sample_error(target, velocity).mean().sqrt()

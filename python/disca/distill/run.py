@@ -243,7 +243,8 @@ class _Run:
     def _student(self, name: str) -> DiT:
         """Return the network that a stage starts from, with the embedders that the stage adds."""
         settings = self.config.stages[name]
-        start = self._load(getattr(settings, "init", None) or getattr(settings, "teacher", ""))
+        names = sources(settings)
+        start = self._load(names.get("init", names["teacher"]))
         wanted = dit_config(self.model, self.config, name)
         if start.config == wanted:
             return start
@@ -262,8 +263,7 @@ class _Run:
             ckpt.load_module(predictor, ckpt.load_tensors(path).tensors, path)
         discriminator = None
         if settings.steps > settings.mse_steps:
-            taps = {} if settings.taps is None else {"taps": tuple(settings.taps)}
-            discriminator = Discriminator(host.config, **taps).to(self.config.device)
+            discriminator = Discriminator(host.config, taps=settings.taps).to(self.config.device)
         return PredictorTask(
             name, predictor.to(self.config.device), discriminator, host, self.source, settings
         )

@@ -216,7 +216,7 @@ class Trainer:
             output = self.task.compute(phase, step, micro, generator)
         if not torch.isfinite(output.loss):
             raise NonFiniteError(self._explain_loss(phase, step, output))
-        self.scaler.scale(output.loss / self.settings.accumulate).backward()
+        torch.autograd.backward(self.scaler.scale(output.loss / self.settings.accumulate))
         output.loss = output.loss.detach()
         output.tensors = {}
         return output
