@@ -23,6 +23,7 @@ from disca.distill.flow import TeacherTask, flow_matching_error
 from disca.distill.meanflow import (
     MeanFlowTask,
     adaptive_weight,
+    clip_correction,
     clip_tangent,
     mean_velocity_and_slope,
     meanflow_target,
@@ -273,6 +274,15 @@ def test_clipped_tangents() -> None:
     assert torch.equal(clipped[1:], slope[1:])
 
 
+def test_clipped_corrections_are_bounded_by_interval_times_slope() -> None:
+    slope = torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.0, 0.0]])
+    t, r = torch.tensor([0.9, 0.9, 0.5]), torch.tensor([0.4, 0.8, 0.0])
+    limit = 1.0  # the products' rms is 1.77, 0.35 and 0
+    clipped = clip_correction(slope, t, r, limit)
+    assert float((0.5 * clipped[0]).square().mean().sqrt()) == pytest.approx(limit)
+    assert torch.equal(clipped[1:], slope[1:])
+
+
 def test_normalised_target_by_hand() -> None:
     u = torch.tensor([[3.0, 4.0]], requires_grad=True)
     target = normalised_target(u, torch.zeros(1, 2), 0.1)
@@ -371,6 +381,7 @@ def test_interval_width_is_half_the_interval(source: MovingDigits) -> None:
 @pytest.mark.parametrize(
     ("settings", "check"),
     [
+        ({"correction_clip": 0.01}, lambda a, b: b.logs["correction_rms"] <= 0.01001),
         ({"tangent_clip": 0.01}, lambda a, b: b.logs["correction_rms"] < a.logs["correction_rms"]),
         ({"tangent_warmup": 10}, lambda a, b: b.logs["correction_rms"] == 0),
         ({"tangent_normalise": 0.1}, lambda a, b: float(b.loss) < 1 / b.tensors["u"][0].numel()),
