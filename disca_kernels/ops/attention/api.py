@@ -132,7 +132,7 @@ def attention_jvp(
 def _autocast(*operands: Any) -> Any:
     """Cast as autocast does for PyTorch's attention: floating point, except float64."""
     device = next((x.device.type for x in operands if isinstance(x, Tensor)), "cpu")
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return operands
     dtype = torch.get_autocast_dtype(device)
     return tuple(

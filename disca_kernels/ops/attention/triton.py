@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from disca_kernels.ops.attention.layout import dense, paired, rows, strides
 from disca_kernels.ops.attention.tiles import Tile, padded_dim, tiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _attention_fwd_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """O = softmax(scale Q K^T) V with the online softmax in base 2; the stored lse is natural."""
+    """O = softmax(scale Q K^T) V by the online softmax; lse is the log-sum-exp in base 2."""
     first, i_b, i_h, n_keys = _program(p_lengths, H, NQ, NK, BLOCK_M)
     o_m, o_n, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     p_q += i_b * stride_qb + i_h * stride_qh + first.to(tl.int64) * stride_qn
@@ -99,7 +99,7 @@ def _attention_fwd_kernel(
     row = (i_b * H + i_h) * NQ + first
     b_o = b_o / tl.where(b_l > 0, b_l, 1.0)[:, None]
     _store_rows(p_o + row * D, b_o, o_m, o_d, NQ - first, D)
-    b_lse = tl.where(b_l > 0, (b_m + tl.log2(tl.where(b_l > 0, b_l, 1.0))) * LN_2, -float("inf"))
+    b_lse = tl.where(b_l > 0, b_m + tl.log2(tl.where(b_l > 0, b_l, 1.0)), -float("inf"))
     tl.store(p_lse + row + o_m, b_lse, mask=o_m < NQ - first)
 
 
@@ -131,7 +131,7 @@ def _attention_jvp_kernel(
         b_q_dot = _load_rows(p_q_dot + o_q, stride_qn, o_m, o_d, NQ - first, D)
     b_m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     if KNOWN_LSE:
-        b_m = tl.load(p_lse + row + o_m, mask=o_m < NQ - first, other=0.0) * LOG2_E
+        b_m = tl.load(p_lse + row + o_m, mask=o_m < NQ - first, other=0.0)
     b_l = tl.zeros([BLOCK_M], tl.float32)
     b_c = tl.zeros([BLOCK_M], tl.float32)
     b_o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -179,7 +179,7 @@ def _attention_jvp_kernel(
     _store_rows(p_o_dot + row * D, b_t / total[:, None], o_m, o_d, NQ - first, D)
     if not KNOWN_LSE:
         _store_rows(p_o + row * D, b_o / total[:, None], o_m, o_d, NQ - first, D)
-        b_lse = tl.where(b_l > 0, (b_m + tl.log2(total)) * LN_2, -float("inf"))
+        b_lse = tl.where(b_l > 0, b_m + tl.log2(total), -float("inf"))
         tl.store(p_lse + row + o_m, b_lse, mask=o_m < NQ - first)
 
 
@@ -205,7 +205,7 @@ def _attention_bwd_kernel_dq(
     b_o = _load_rows(p_o + row * D, D, o_m, o_d, NQ - first, D)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
     tl.store(p_delta + row + o_m, b_delta, mask=o_m < NQ - first)
-    b_lse = tl.load(p_lse + row + o_m, mask=o_m < NQ - first, other=float("inf")) * LOG2_E
+    b_lse = tl.load(p_lse + row + o_m, mask=o_m < NQ - first, other=float("inf"))
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, _key_stop(first, n_keys, NQ, NK, BLOCK_M, CAUSAL), BLOCK_N):
         # [BLOCK_N, BLOCK_D]
@@ -256,7 +256,7 @@ def _attention_bwd_kernel_dkdv(
         b_q = _load_rows(p_q, stride_qn, o_m, o_d, NQ - start, D)
         b_do = _load_rows(p_do, stride_dn, o_m, o_d, NQ - start, D)
         m_m = o_m < NQ - start
-        b_lse = tl.load(p_lse + start + o_m, mask=m_m, other=float("inf")) * LOG2_E
+        b_lse = tl.load(p_lse + start + o_m, mask=m_m, other=float("inf"))
         b_delta = tl.load(p_delta + start + o_m, mask=m_m, other=0.0)
         # [BLOCK_M, BLOCK_N]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * (scale * LOG2_E)
@@ -285,37 +285,18 @@ def _constants(tile: Tile, head_dim: int, causal: bool) -> dict[str, int | bool]
     }
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Return `x` with contiguous rows: a copy only if its last dimension is strided."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _paired(x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return a primal and its tangent with the same strides, which the kernels take once.
-
-    They nearly always agree, because the same operations made both; if not, both are copied.
-    """
-    if x_dot is None or (x.stride() == x_dot.stride() and x.stride(-1) == 1):
-        return _rows(x), x_dot
-    return x.contiguous(), x_dot.contiguous()
-
-
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(stride for x in tensors for stride in x.stride()[:3])
-
-
 def launch_fwd(
     q: Tensor, k: Tensor, v: Tensor, kv_lengths: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return o of [B, H, Nq, D] and the float32 log-sum-exp of the scores of [B, H, Nq]."""
+    """Return o of [B, H, Nq, D] and the float32 log-sum-exp of the scores in base 2, [B, H, Nq]."""
     batch, heads, n_q, dim = q.shape
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v, kv_lengths = rows(q), rows(k), rows(v), dense(kv_lengths)
     o = torch.empty((batch, heads, n_q, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, n_q), dtype=torch.float32, device=q.device)
-    tile, _, _ = tiles(dim, q.element_size())
+    tile = tiles(q.device, dim, q.element_size()).fwd
     if o.numel():
         _attention_fwd_kernel[(triton.cdiv(n_q, tile.block_m) * batch * heads,)](
-            q, k, v, o, lse, kv_lengths, *_strides(q, k, v), heads, n_q, k.shape[2], scale,
+            q, k, v, o, lse, kv_lengths, *strides(q, k, v), heads, n_q, k.shape[2], scale,
             **_constants(tile, dim, causal),
         )  # fmt: skip
     return o, lse
@@ -331,17 +312,18 @@ def _launch_jvp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the value-with-tangent kernel; a known lse leaves the value unwritten."""
     batch, heads, n_q, dim = primals[0].shape
-    (q, q_dot), (k, k_dot), (v, v_dot) = map(_paired, primals, tangents)
+    (q, q_dot), (k, k_dot), (v, v_dot) = map(paired, primals, tangents)
+    kv_lengths, lse = dense(kv_lengths), dense(lse)
     o_dot = torch.empty((batch, heads, n_q, dim), dtype=q.dtype, device=q.device)
     o = o_dot if lse is not None else torch.empty_like(o_dot)
     out_lse = lse
     if out_lse is None:
         out_lse = torch.empty((batch, heads, n_q), dtype=torch.float32, device=q.device)
-    _, tile, _ = tiles(dim, q.element_size())
+    tile = tiles(q.device, dim, q.element_size()).jvp
     if o.numel():
         _attention_jvp_kernel[(triton.cdiv(n_q, tile.block_m) * batch * heads,)](
             q, k, v, q_dot, k_dot, v_dot, o, out_lse, o_dot, kv_lengths,
-            *_strides(q, k, v), heads, n_q, k.shape[2], scale,
+            *strides(q, k, v), heads, n_q, k.shape[2], scale,
             KNOWN_LSE=lse is not None, **_constants(tile, dim, causal),
         )  # fmt: skip
     return o, out_lse, o_dot
@@ -379,21 +361,23 @@ def launch_bwd(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv, recomputing P from the log-sum-exp; `o` must be contiguous."""
-    do, q, k, v = _rows(do), *map(_rows, primals)
+    """Return dq, dk and dv, recomputing P from the log-sum-exp."""
+    do, q, k, v = rows(do), *map(rows, primals)
+    o, lse, kv_lengths = dense(o), dense(lse), dense(kv_lengths)
     batch, heads, n_q, dim = q.shape
     n_k = k.shape[2]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    _, _, tile = tiles(dim, q.element_size())
-    constants = _constants(tile, dim, causal)
-    layout = (*_strides(q, k, v, do), heads, n_q, n_k, scale)
+    _, _, dq_tile, dkdv_tile = tiles(q.device, dim, q.element_size())
+    layout = (*strides(q, k, v, do), heads, n_q, n_k, scale)
     if dq.numel():
-        _attention_bwd_kernel_dq[(triton.cdiv(n_q, tile.block_m) * batch * heads,)](
-            q, k, v, o, lse, do, dq, delta, kv_lengths, *layout, **constants
-        )
+        _attention_bwd_kernel_dq[(triton.cdiv(n_q, dq_tile.block_m) * batch * heads,)](
+            q, k, v, o, lse, do, dq, delta, kv_lengths, *layout,
+            **_constants(dq_tile, dim, causal),
+        )  # fmt: skip
     if dk.numel():
-        _attention_bwd_kernel_dkdv[(triton.cdiv(n_k, tile.block_n) * batch * heads,)](
-            q, k, v, lse, delta, do, dk, dv, kv_lengths, *layout, **constants
-        )
+        _attention_bwd_kernel_dkdv[(triton.cdiv(n_k, dkdv_tile.block_n) * batch * heads,)](
+            q, k, v, lse, delta, do, dk, dv, kv_lengths, *layout,
+            **_constants(dkdv_tile, dim, causal),
+        )  # fmt: skip
     return dq, dk, dv

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs of attention and what they cost on paper, for its tests and its benchmark."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PRODUCTS = {"fwd": 2, "bwd": 5, "jvp": 6, "tangent": 5}
+"""Matrix products of B * H * Nq * Nk * D multiply-adds that each mode needs."""
+
+
+class Operands(NamedTuple):
+    """What a call of attention and of its derivatives takes."""
+
+    primals: tuple[Tensor, Tensor, Tensor]
+    tangents: tuple[Tensor, Tensor, Tensor]
+    cotangent: Tensor
+    kv_lengths: Tensor | None
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One shape of attention.
+
+    Attributes:
+        batch: B.
+        heads: H.
+        n_q: number of queries.
+        n_k: number of keys.
+        head_dim: D.
+        dtype: of every operand.
+        causal: as in `attention`.
+        lengths: valid keys of each sample, or None for all.
+    """
+
+    batch: int
+    heads: int
+    n_q: int
+    n_k: int
+    head_dim: int
+    dtype: torch.dtype = torch.float32
+    causal: bool = False
+    lengths: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        """Name the case in test and benchmark reports."""
+        name = f"b{self.batch}h{self.heads}q{self.n_q}k{self.n_k}d{self.head_dim}"
+        name += f"-{str(self.dtype).removeprefix('torch.')}"
+        name += "-causal" * self.causal
+        return name + "-lengths" * (self.lengths is not None)
+
+    def operands(self, seed: int = 0, device: str | torch.device = "cpu") -> Operands:
+        """Draw normal operands, each a slice of a larger tensor laid out as [B, N, H, D]."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(n: int) -> Tensor:
+            shape = (self.batch, n, self.heads + 1, self.head_dim + 8)
+            full = torch.randn(shape, generator=generator).to(device, self.dtype)
+            return full[:, :, 1:, : self.head_dim].transpose(1, 2)
+
+        q, k, v, q_dot, k_dot, v_dot = (draw(n) for n in (self.n_q, self.n_k, self.n_k) * 2)
+        lengths = None if self.lengths is None else torch.tensor(self.lengths, device=device)
+        return Operands((q, k, v), (q_dot, k_dot, v_dot), draw(self.n_q), lengths)
+
+    def flops(self, mode: str) -> int:
+        """Count floating-point operations of "fwd", "bwd", "jvp" or "tangent", masks ignored."""
+        scores = self.batch * self.heads * self.n_q * self.n_k
+        return 2 * PRODUCTS[mode] * scores * self.head_dim
+
+    def bytes_moved(self, mode: str) -> int:
+        """Count the bytes that `mode` must read and write once, lse and lengths left out."""
+        queries, keys = self.n_q * self.head_dim, self.n_k * self.head_dim
+        elements = {
+            "fwd": 2 * queries + 2 * keys,  # q, o; k, v
+            "bwd": 4 * queries + 4 * keys,  # q, o, do, dq; k, v, dk, dv
+            "jvp": 4 * queries + 4 * keys,  # q, o and tangents; k, v and tangents
+            "tangent": 3 * queries + 4 * keys,  # q, q_dot, o_dot; k, v and tangents
+        }[mode]
+        return self.batch * self.heads * elements * self.dtype.itemsize
+
+
+def attention_in_dtype(
+    q: Tensor, k: Tensor, v: Tensor, *, kv_lengths: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """Compute attention as one writes it in eager PyTorch, every step rounded to the dtype.
+
+    The yardstick of the error budgets. A row that sees no key is 0 as in `attention`.
+    """
+    n_q, n_k = q.shape[-2], k.shape[-2]
+    visible = torch.ones((q.shape[0], 1, n_q, n_k), dtype=torch.bool, device=q.device)
+    if kv_lengths is not None:
+        visible = visible & (torch.arange(n_k, device=q.device) < kv_lengths[:, None, None, None])
+    if causal:
+        visible = visible & visible.new_ones(n_q, n_k).tril(n_k - n_q)
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~visible, torch.finfo(q.dtype).min)
+    o: Tensor = scores.softmax(-1) @ v
+    return o.masked_fill(~visible.any(-1, keepdim=True), 0.0)
