@@ -52,11 +52,11 @@ class EvaluationSettings:
     """
 
     seeds: tuple[int, ...] = (0,)
-    clips: int = 64
+    clips: int = 128
     batch: int = 64
     reference_clips: int = 512
     timing_batch: int = 8
-    repeats: int = 3
+    repeats: int = 5
     shown: int = 6
 
     def __post_init__(self) -> None:
