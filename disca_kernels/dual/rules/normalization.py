@@ -33,6 +33,10 @@ def _affine(normal: Any, normal_dot: Any, weight: Any, bias: Any) -> Any:
     return out_dot
 
 
+def _widened(part: Any) -> Any:
+    return part.float() if part is not None and part.dtype.itemsize < 4 else part
+
+
 @rule(*spellings("layer_norm"), fused=True)
 def _layer_norm(
     input: Any,
@@ -43,6 +47,9 @@ def _layer_norm(
     cudnn_enable: bool = True,
 ) -> tuple[Tensor, Any]:
     (x, x_dot), w, b = split(input), split(weight)[0], split(bias)[0]
+    if torch.is_autocast_enabled(x.device.type):
+        # Autocast runs functional.layer_norm in float32, but does not know the call below.
+        x, w, b = _widened(x), _widened(w), _widened(b)
     shape = list(normalized_shape)
     # The call that functional.layer_norm makes; it also returns the statistics.
     out, mean, rstd = torch.native_layer_norm(x, shape, w, b, eps)
