@@ -218,7 +218,8 @@ class DiT(nn.Module):
         width = self.config.time_tangent_width if tangent_width is None else tangent_width
         video = self.img_in(x)
         text, lengths = self._embed_text(t, cond, width)
-        tokens = torch.cat((video, text), dim=1)
+        # Under autocast the layer norms of some text embedders leave float32.
+        tokens = torch.cat((video, text.to(video.dtype)), dim=1)
         grid = tuple(
             size // patch for size, patch in zip(x.shape[2:], self.config.patch, strict=True)
         )
