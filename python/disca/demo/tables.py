@@ -86,7 +86,8 @@ def model_lines(results: Results) -> list[str]:
         f"Scores: {settings['clips']} clips a seed, {_seeds(seeds)}; speed-ups: median "
         f"(lowest to highest) of {settings['repeats']} interleaved repeats of the denoising loop, "
         f"{settings['timing_batch']} clips at once, "
-        f"torch threads: {results.machine['torch_threads']}, processor: {results.machine['processor']}."
+        f"torch threads: {results.machine['torch_threads']}, "
+        f"processor: {results.machine['processor']}."
     )
     return lines
 
