@@ -89,7 +89,9 @@ def canonical_keys(state: Mapping[str, Any], *, split_qkv: bool = False) -> dict
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     for key, value in state.items():
         if not isinstance(value, Tensor):
-            raise UserError(f"{key!r} in the weight file is a {type(value).__name__}, not a tensor")
+            raise UserError(
+                f"{key!r} in the weight file has type {type(value).__name__}, not Tensor"
+            )
     tensors = {_LINEAR2.sub(r"\1.", key): value for key, value in state.items()}
     for index, (pattern, parts, suffix) in enumerate(_FUSED):
         if index > 0 or not split_qkv:
