@@ -308,6 +308,12 @@ def test_ablation_writes_a_table_and_resumes(finished: Path, tmp_path: Path) -> 
     assert one.stat().st_mtime_ns == before
 
 
+def test_ablation_names_a_missing_base(finished: Path, tmp_path: Path) -> None:
+    wrong = ABLATION.model_copy(update={"base": "cfg"})
+    with pytest.raises(UserError, match="no MeanFlow stage 'cfg'"):
+        run_ablation(finished, tmp_path, wrong, progress=False)
+
+
 def test_ablation_refuses_results_of_other_settings(finished: Path, tmp_path: Path) -> None:
     small = ABLATION.model_copy(update={"widths": (0.0,), "seeds": (0,)})
     run_ablation(finished, tmp_path, small, progress=False)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from disca.data.source import ClipSource
 from disca.distill import checkpoint as ckpt
 from disca.distill.bundle import load_models
-from disca.distill.config import MeanFlowStage, OptimizerConfig, Settings
+from disca.distill.config import MeanFlowStage, Settings
 from disca.distill.meanflow import MeanFlowTask
 from disca.distill.run import locked
 from disca.distill.trainer import NonFiniteError, Trainer, step_generator
@@ -39,12 +39,13 @@ class AblationSettings(Settings):
 
     Attributes:
         teacher: Stage whose network is the frozen teacher and the student's start.
+        base: MeanFlow stage of the run from which times, guidance range and optimiser are taken.
         widths: Band limits h of the time tangent; "interval" is (t - r) / 2, 0 is exact.
         restrictions: Values of R.
         seeds: Seeds of the training runs.
         iterations: Training steps of each run.
         batch: Batch size of training.
-        lr: Constant learning rate of AdamW.
+        correction_clip: Bound on the correction; None, since it would hide what is measured here.
         steps: Numbers of sampling steps to compare.
         reference_steps: Steps of the teacher's trajectory that they are compared with.
         guidance: Guidance scale of the samples.
@@ -54,12 +55,13 @@ class AblationSettings(Settings):
     """
 
     teacher: str = "cfg"
+    base: str = "rmeanflow"
     widths: tuple[Width, ...] = (0.0, 0.01, 0.05, "interval")
     restrictions: tuple[float, ...] = (0.2, 1.0)
     seeds: tuple[int, ...] = (0, 1, 2)
-    iterations: int = Field(default=150, ge=1)
-    batch: int = Field(default=64, ge=1)
-    lr: float = Field(default=3e-4, gt=0)
+    iterations: int = Field(default=120, ge=1)
+    batch: int = Field(default=32, ge=1)
+    correction_clip: float | None = Field(default=None, gt=0)
     steps: tuple[int, ...] = (20, 10, 5, 2)
     reference_steps: int = Field(default=50, ge=1)
     guidance: float = 4.0
@@ -153,6 +155,9 @@ def run(
     bundle = load_models(checkpoints)
     torch.set_num_threads(bundle.config.threads)
     teacher = bundle.dit(settings.teacher)
+    base = bundle.config.stages.get(settings.base)
+    if not isinstance(base, MeanFlowStage):
+        raise UserError(f"the run in {checkpoints} has no MeanFlow stage {settings.base!r}")
     folder = Path(out)
     with locked(folder):
         samples = _reference(teacher, bundle.source, settings)
@@ -162,7 +167,9 @@ def run(
         for row, seed in tqdm(jobs, desc="ablation", unit="run", disable=not progress):
             place = folder / f"R{row.restriction}-h{row.width}-seed{seed}"
             place.mkdir(exist_ok=True)
-            job = _Job(teacher, bundle.source, settings, row.width, row.restriction, seed, place)
+            job = _Job(
+                teacher, bundle.source, base, settings, row.width, row.restriction, seed, place
+            )
             row.results.append(job.result(samples))
         text = table(rows, baseline, settings)
         results = [
@@ -191,6 +198,7 @@ class _Job:
 
     teacher: DiT
     source: ClipSource
+    base: MeanFlowStage
     settings: AblationSettings
     width: Width
     restriction: float
@@ -220,19 +228,17 @@ class _Job:
         return result
 
     def _stage(self) -> MeanFlowStage:
-        return MeanFlowStage.model_validate(
-            {
-                "teacher": self.settings.teacher,
-                "steps": self.settings.iterations,
-                "batch": self.settings.batch,
-                "restriction": self.restriction,
-                "tangent_width": self.width,
-                "guidance": (1.0, 8.0) if self.teacher.config.guidance_embed else None,
-                "optimizer": OptimizerConfig(lr=self.settings.lr, ema=0.99),
-                "tensorboard": False,
-                "checkpoint_every": 50,
-            }
-        )
+        changes = {
+            "teacher": self.settings.teacher,
+            "steps": self.settings.iterations,
+            "batch": self.settings.batch,
+            "restriction": self.restriction,
+            "tangent_width": self.width,
+            "correction_clip": self.settings.correction_clip,
+            "tensorboard": False,
+            "checkpoint_every": 50,
+        }
+        return MeanFlowStage.model_validate({**self.base.model_dump(), **changes})
 
     def _train(
         self, stage: MeanFlowStage, identity: Mapping[str, Any], samples: _Samples
