@@ -71,10 +71,11 @@ DISCA_CPU_CLONES void fwd_row(const X* x, const M* shift, const M* scale, X* y, 
   }
 }
 
-// Adds dy and dy * x_hat to the sums that are there.
+// Adds dy and dy * x_hat to the sums that are there; x_hat and g are scratch rows.
 template <typename X, typename M>
 DISCA_CPU_CLONES void bwd_row(const X* dy, const X* x, const M* scale, X* dx, float* sum_dy,
-                              float* sum_dy_x_hat, float* x_hat, std::int64_t C, float eps) {
+                              float* sum_dy_x_hat, float* x_hat, float* g, std::int64_t C,
+                              float eps) {
   const float rstd = normalise(x, x_hat, C, eps);
   if (sum_dy != nullptr) {
 #pragma omp simd
@@ -87,16 +88,15 @@ DISCA_CPU_CLONES void bwd_row(const X* dy, const X* x, const M* scale, X* dx, fl
   float sum_g = 0, sum_g_x_hat = 0;
 #pragma omp simd reduction(+ : sum_g, sum_g_x_hat)
   for (std::int64_t c = 0; c < C; ++c) {
-    const float g = to_float(dy[c]) * (1.0f + to_float(scale[c]));
-    sum_g += g;
-    sum_g_x_hat += g * x_hat[c];
+    g[c] = to_float(dy[c]) * (1.0f + to_float(scale[c]));
+    sum_g += g[c];
+    sum_g_x_hat += g[c] * x_hat[c];
   }
   const float mean = sum_g / static_cast<float>(C);
   const float correlation = sum_g_x_hat / static_cast<float>(C);
 #pragma omp simd
   for (std::int64_t c = 0; c < C; ++c) {
-    const float g = to_float(dy[c]) * (1.0f + to_float(scale[c]));
-    dx[c] = from_float<X>(rstd * (g - mean - x_hat[c] * correlation));
+    dx[c] = from_float<X>(rstd * (g[c] - mean - x_hat[c] * correlation));
   }
 }
 
@@ -221,12 +221,12 @@ void bwd_per_token(const BackwardParams& p, int threads) {
   const std::int64_t N = p.shape.n_tokens, C = p.shape.n_channels;
   const float eps = p.shape.eps;
   const std::int64_t n_rows = p.shape.n_batch * N;
-  parallel_for(n_rows, team(p.shape, n_rows, threads), 3 * C, [&](std::int64_t i, float* scratch) {
+  parallel_for(n_rows, team(p.shape, n_rows, threads), 4 * C, [&](std::int64_t i, float* scratch) {
     const std::int64_t b = i / N, n = i % N;
-    float* sums = p.dshift == nullptr ? nullptr : scratch + C;
+    float* sums = p.dshift == nullptr ? nullptr : scratch + 2 * C;
     X* dx = p.dx == nullptr ? nullptr : static_cast<X*>(p.dx) + i * C;
     bwd_row(row_of<X>(p.dy, b, n), row_of<X>(p.x, b, n), row_of<M>(p.scale, b, n), dx, sums,
-            sums == nullptr ? nullptr : sums + C, scratch, C, eps);
+            sums == nullptr ? nullptr : sums + C, scratch, scratch + C, C, eps);
     if (sums == nullptr) return;
     store_row(sums, static_cast<M*>(p.dshift) + i * C, C);
     store_row(sums + C, static_cast<M*>(p.dscale) + i * C, C);
@@ -241,14 +241,14 @@ void bwd_per_sample(const BackwardParams& p, int threads) {
   // [B, splits, 2, C]
   std::vector<float> partial(
       p.dshift == nullptr ? 0 : static_cast<std::size_t>(B * splits * 2 * C));
-  parallel_for(B * splits, team(p.shape, B * splits, threads), C,
+  parallel_for(B * splits, team(p.shape, B * splits, threads), 2 * C,
                [&](std::int64_t task, float* scratch) {
     const std::int64_t b = task / splits, first = task % splits * kRowsPerSplit;
     float* sums = partial.empty() ? nullptr : partial.data() + task * 2 * C;
     for (std::int64_t n = first; n < std::min(first + kRowsPerSplit, N); ++n) {
       X* dx = p.dx == nullptr ? nullptr : static_cast<X*>(p.dx) + (b * N + n) * C;
       bwd_row(row_of<X>(p.dy, b, n), row_of<X>(p.x, b, n), row_of<M>(p.scale, b, 0), dx, sums,
-              sums == nullptr ? nullptr : sums + C, scratch, C, eps);
+              sums == nullptr ? nullptr : sums + C, scratch, scratch + C, C, eps);
     }
   });
   if (p.dshift == nullptr) return;
@@ -317,8 +317,9 @@ void* output(const char* name, std::uintptr_t address, bool required, const Shap
 
 Shape shape(const PyShape& given, float eps) {
   const auto& [n_batch, n_tokens, n_channels, per_token] = given;
-  check(n_batch >= 0 && n_tokens >= 0 && n_channels > 0, "shape must be [B >= 0, N >= 0, C > 0], got [",
-        n_batch, ", ", n_tokens, ", ", n_channels, "]");
+  check(n_batch >= 0 && n_tokens >= 0 && n_channels > 0,
+        "shape must be [B >= 0, N >= 0, C > 0], got [", n_batch, ", ", n_tokens, ", ", n_channels,
+        "]");
   return {n_batch, n_tokens, n_channels, per_token, eps};
 }
 
@@ -348,7 +349,9 @@ BackwardParams backward_params(const PyShape& sizes, float eps, const PyRows& dy
 
 using PyTangents = std::tuple<std::optional<PyRows>, std::optional<PyRows>, std::optional<PyRows>>;
 
-JvpParams jvp_params(const PyShape& sizes, float eps, const std::tuple<PyRows, PyRows, PyRows>& primals,
+using PyPrimals = std::tuple<PyRows, PyRows, PyRows>;
+
+JvpParams jvp_params(const PyShape& sizes, float eps, const PyPrimals& primals,
                      const PyTangents& tangents, std::uintptr_t y, std::uintptr_t y_dot) {
   const Shape s = shape(sizes, eps);
   const auto& [x, shift, scale] = primals;
@@ -398,8 +401,8 @@ void register_adaln_modulate(py::module_& m) {
   m.def(
       "adaln_modulate_jvp_cpu",
       [](const op::PyShape& shape, float eps, const PyDtypes& dtypes,
-         const std::tuple<op::PyRows, op::PyRows, op::PyRows>& primals,
-         const op::PyTangents& tangents, std::uintptr_t y, std::uintptr_t y_dot, int threads) {
+         const op::PyPrimals& primals, const op::PyTangents& tangents, std::uintptr_t y,
+         std::uintptr_t y_dot, int threads) {
         op::jvp_cpu(op::jvp_params(shape, eps, primals, tangents, y, y_dot), op::names(dtypes),
                     threads);
       },
@@ -433,9 +436,8 @@ void register_adaln_modulate(py::module_& m) {
   m.def(
       "adaln_modulate_jvp_cuda",
       [](const op::PyShape& shape, float eps, const PyDtypes& dtypes,
-         const std::tuple<op::PyRows, op::PyRows, op::PyRows>& primals,
-         const op::PyTangents& tangents, std::uintptr_t y, std::uintptr_t y_dot,
-         std::uintptr_t stream) {
+         const op::PyPrimals& primals, const op::PyTangents& tangents, std::uintptr_t y,
+         std::uintptr_t y_dot, std::uintptr_t stream) {
         op::jvp_cuda(op::jvp_params(shape, eps, primals, tangents, y, y_dot), op::names(dtypes),
                      stream);
       },

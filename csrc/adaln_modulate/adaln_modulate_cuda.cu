@@ -189,7 +189,8 @@ __global__ void __launch_bounds__(kThreads) bwd_kernel(BackwardParams p) {
 template <typename X, typename M, int kVec>
 __global__ void __launch_bounds__(kThreads) bwd_modulation_kernel(BackwardParams p) {
   const int C = static_cast<int>(p.shape.n_channels);
-  const std::int64_t b = blockIdx.x / p.n_splits, first = blockIdx.x % p.n_splits * p.rows_per_split;
+  const std::int64_t b = blockIdx.x / p.n_splits;
+  const std::int64_t first = blockIdx.x % p.n_splits * p.rows_per_split;
   const std::int64_t last = min(first + p.rows_per_split, p.shape.n_tokens);
   float sum_dy[kItems] = {}, sum_dy_x_hat[kItems] = {}, x_hat[kItems], dy[kItems];
   for (std::int64_t n = first; n < last; ++n) {

@@ -8,9 +8,7 @@ from disca_kernels.testing import assert_within_budget
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def results(
-    dtype: torch.dtype, size: int = 4096
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def results(dtype: torch.dtype, size: int = 4096) -> tuple[Tensor, Tensor, Tensor]:
     """Return a float64 result, the same rounded once, and the same computed in small errors."""
     generator = torch.Generator().manual_seed(0)
     reference = torch.randn(size // 64, 64, generator=generator, dtype=torch.float64)

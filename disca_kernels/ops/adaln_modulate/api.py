@@ -12,7 +12,7 @@ from disca_kernels.ops.adaln_modulate import function
 
 _OP = "adaln_modulate"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_TRITON_MAX_WIDTH = 8192
+_MAX_WIDTH = 8192
 
 
 def adaln_modulate(
@@ -153,9 +153,10 @@ def _check_tangents(primals: tuple[Tensor, ...], tangents: tuple[Tensor | None, 
 
 
 @limit(_OP, Backend.TRITON)
-def _triton_limit(x: Tensor, *_: Tensor | None) -> list[str]:
-    """Say what the Triton kernels cannot do."""
+@limit(_OP, Backend.CUDA)
+def _width_limit(x: Tensor, *_: Tensor | None) -> list[str]:
+    """Say how wide a row the kernels can keep in registers."""
     width = x.shape[-1]
-    if width <= _TRITON_MAX_WIDTH:
+    if width <= _MAX_WIDTH:
         return []
-    return [f"at most {_TRITON_MAX_WIDTH} channels fit the registers of a program, got {width}"]
+    return [f"at most {_MAX_WIDTH} channels fit the registers that share a row, got {width}"]
