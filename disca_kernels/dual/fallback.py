@@ -59,6 +59,12 @@ def call_through_func_jvp(func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     """
     before = _random_states(args, kwargs)
     out = func(*primals_of(args), **primals_of(kwargs))
+    with _replayed(before):
+        return attach_tangents(out, func, args, kwargs)
+
+
+def attach_tangents(out: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Join the value that a call returned with its tangent by ``torch.func.jvp``."""
     flat, spec = pytree.tree_flatten(out)
     if any(isinstance(leaf, int | float | complex) for leaf in flat):
         raise TangentError(
@@ -67,7 +73,7 @@ def call_through_func_jvp(func: Any, args: tuple[Any, ...], kwargs: dict[str, An
         )
     if not any(isinstance(leaf, Tensor) and _has_tangent(leaf) for leaf in flat):
         return out
-    with torch.no_grad(), _replayed(before):
+    with torch.no_grad():
         dots = iter(tangents_by_func_jvp(func, args, kwargs))
     joined = []
     for leaf in flat:

@@ -92,9 +92,9 @@ def tangent_handler(body: Callable[..., Any]) -> Callable[..., Any]:
             if grad:
                 _set_grad_enabled(True)
         if out_dot is NotImplemented:
-            from disca_kernels.dual.fallback import call_through_func_jvp
+            from disca_kernels.dual.fallback import attach_tangents
 
-            return call_through_func_jvp(func, args, kwargs)
+            return attach_tangents(out, func, args, kwargs)
         return pair(func, out, out_dot)
 
     return handle
@@ -104,12 +104,7 @@ def fused_handler(body: Callable[..., Any]) -> Callable[..., Any]:
     """Value and tangent together by ``body``."""
 
     def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = body(*args, **kwargs)
-        if result is NotImplemented:
-            from disca_kernels.dual.fallback import call_through_func_jvp
-
-            return call_through_func_jvp(func, args, kwargs)
-        return pair(func, *result)
+        return pair(func, *body(*args, **kwargs))
 
     return handle
 

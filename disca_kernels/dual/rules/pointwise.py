@@ -102,9 +102,11 @@ def _dropout(
 ) -> Any:
     x, x_dot = split(input)
     training = named.get("train", training)
-    if not training or p == 0:
-        return functional.dropout(x, p, training), x_dot
-    if x.is_cuda and 0 < p < 1:
+    if not training or p in (0, 1):  # nothing is drawn
+        with torch.no_grad():
+            out_dot = functional.dropout(x_dot, p, training)
+        return functional.dropout(x, p, training), out_dot
+    if x.is_cuda:
         out, mask = torch.native_dropout(x, p, True)
         factor = mask * (1 / (1 - p))
     else:
