@@ -59,7 +59,7 @@ class AblationSettings(Settings):
     widths: tuple[Width, ...] = (0.0, 0.01, 0.05, "interval")
     restrictions: tuple[float, ...] = (0.2, 1.0)
     seeds: tuple[int, ...] = (0, 1, 2)
-    iterations: int = Field(default=120, ge=1)
+    iterations: int = Field(default=80, ge=1)
     batch: int = Field(default=32, ge=1)
     correction_clip: float | None = Field(default=None, gt=0)
     steps: tuple[int, ...] = (20, 10, 5, 2)
