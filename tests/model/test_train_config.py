@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from disca.distill.config import MeanFlowStage, PredictorStage, load_config, preset_names
+from disca.distill.config import (
+    CfgStage,
+    MeanFlowStage,
+    PredictorStage,
+    load_config,
+    preset_names,
+)
 from disca.errors import UserError
 
 
@@ -20,7 +26,7 @@ def test_presets_are_valid(name: str, smoke: bool) -> None:
     assert load_config(config.model_dump(mode="json")) == config
 
 
-def test_digits_preset_follows_the_paper() -> None:
+def test_digits_preset_has_every_stage_in_order() -> None:
     config = load_config("digits")
     assert list(config.stages) == [
         "classifier",
@@ -35,11 +41,23 @@ def test_digits_preset_follows_the_paper() -> None:
     assert isinstance(plain, MeanFlowStage)
     assert isinstance(restricted, MeanFlowStage)
     assert (plain.restriction, restricted.restriction) == (1.0, 0.2)
-    predictor = config.stages["predictor"]
-    assert isinstance(predictor, PredictorStage)
+
+
+def test_defaults_follow_the_paper() -> None:
+    predictor = PredictorStage()
     assert (predictor.mse_steps, predictor.steps) == (500, 1500)
     assert (predictor.optimizer.lr, predictor.discriminator.lr) == (1e-4, 1e-2)
-    assert predictor.gan_weight == 1.0
+    assert (predictor.gan_weight, predictor.delta, predictor.delta_max) == (1.0, "uniform", 0.2)
+    assert (predictor.form, predictor.points) == ("paper", "line")
+    assert CfgStage(steps=1).guidance == (1.0, 8.0)
+    meanflow = MeanFlowStage(steps=1)
+    assert (meanflow.velocity, meanflow.adaptive_power, meanflow.equal_fraction) == (
+        "teacher",
+        0.0,
+        0.0,
+    )
+    assert meanflow.correction_clip is None
+    assert meanflow.tangent_clip is None
 
 
 def test_smoke_section_shrinks_every_stage() -> None:
