@@ -20,11 +20,14 @@ from disca.distill.predictor import (
     shifted_pair,
 )
 from disca.distill.trainer import StepOutput
+from disca.distill.trajectories import record_trajectories
 from disca.errors import UserError
 from disca.models.configs import DiTConfig
 from disca.models.discriminator import Discriminator
 from disca.models.dit import DiT
 from disca.models.predictor import Predictor
+from disca.sample.samplers import mean_velocity
+from disca.sample.schedule import flow_shift_schedule
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -240,3 +243,77 @@ def test_host_without_an_end_time(source: MovingDigits) -> None:
     task = make_task(source, mean_flow=False)
     backward(task.compute("predictor", 2, 0, generator()))
     assert float(task.compute("discriminator", 2, 0, generator()).loss.detach()) > 0
+
+
+# The student's own trajectories.
+
+RECORDED = {
+    "points": "trajectory",
+    "delta": "schedule",
+    "schedule_steps": 5,
+    "schedule_shift": 3.0,
+    "schedule_lists": ["0,2,4"],
+    "trajectories": 6,
+    "refresh": 2,
+    "guidance": (2.0, 4.0),
+}
+
+
+def test_recorded_trajectories_are_those_of_the_sampler(source: MovingDigits) -> None:
+    task = make_task(source, **RECORDED)
+    schedule = flow_shift_schedule(5, 3.0)
+    bank = record_trajectories(
+        task.host, source, schedule, 5, generator(1), guidance=(2.0, 4.0), batch=2
+    )
+    assert len(bank) == 5
+    with torch.no_grad():
+        end = mean_velocity(lambda x, t, r: task.host(x, t, r, bank.condition), bank.x[0], schedule)
+        state = task.host.embed(
+            bank.x[3], schedule[3].expand(5), schedule[4].expand(5), bank.condition
+        )
+        tokens = task.host.run(state).tokens
+    last = one_step(bank.x[4], bank.velocity[4], schedule[4].expand(5), schedule[5].expand(5))
+    torch.testing.assert_close(last, end)
+    torch.testing.assert_close(bank.tokens[3], tokens)
+
+
+def test_recorded_draws_pair_each_prediction_with_its_cached_step(source: MovingDigits) -> None:
+    task = make_task(source, **RECORDED)
+    schedule = flow_shift_schedule(5, 3.0)
+    drawn = task._draw(0, generator(3))
+    assert task.pairs.tolist() == [[0, 1], [2, 3]]
+    assert task._bank is not None
+    bank = task._bank[1]
+    for row in range(4):
+        step = int((schedule == drawn.t[row]).nonzero())
+        assert float(drawn.r[row]) == float(schedule[step + 1])
+        run = int((bank.x[step] == drawn.x[row]).flatten(1).all(1).nonzero())
+        assert torch.equal(drawn.cache[row], bank.tokens[step - 1, run])
+        assert torch.equal(drawn.target[row], bank.velocity[step, run])
+        assert float(drawn.condition.guidance[row]) == float(bank.condition.guidance[run])
+
+
+def test_recorded_trajectories_depend_on_the_turn_alone(source: MovingDigits) -> None:
+    """A run that resumes in the middle of a turn records what the undisturbed one recorded."""
+    whole, resumed = make_task(source, **RECORDED), make_task(source, **RECORDED)
+    drawn = [whole._draw(step, generator(step)) for step in range(4)]
+    late = resumed._draw(3, generator(3))
+    assert torch.equal(late.x, drawn[3].x)
+    assert torch.equal(late.cache, drawn[3].cache)
+    assert whole._bank is not None
+    assert whole._bank[0] == 1
+
+
+def test_recorded_trajectories_need_the_schedule() -> None:
+    with pytest.raises(ValueError, match="delta: schedule"):
+        PredictorStage(points="trajectory", delta="uniform")
+
+
+def test_step_power_weights_by_the_length_of_the_step(source: MovingDigits) -> None:
+    output = {p: make_task(source, step_power=p, **RECORDED) for p in (0.0, 2.0)}
+    plain, weighted = (task.compute("predictor", 0, 0, generator(5)) for task in output.values())
+    weight = (plain.t - plain.r).square()
+    assert float(plain.loss) == pytest.approx(float(plain.per_sample.mean()), rel=1e-5)
+    expected = (weight / weight.mean() * plain.per_sample).mean()
+    assert float(weighted.loss) == pytest.approx(float(expected), rel=1e-5)
+    assert float(weighted.loss) != pytest.approx(float(plain.loss), rel=1e-3)

@@ -205,10 +205,15 @@ class PredictorStage(TrainerConfig):
     schedule_lists: list[str] = ["n2", "n3", "n4"]
     schedule_steps: int = Field(default=20, ge=2)
     schedule_shift: float = Field(default=5.0, gt=0)
-    points: Literal["line", "student"] = "line"
+    points: Literal["line", "student", "trajectory"] = "line"
+    step_power: float = Field(default=0.0, ge=0)
+    trajectories: int = Field(default=512, ge=1)
+    refresh: int = Field(default=300, ge=1)
 
     @model_validator(mode="after")
     def _lists_fit(self) -> PredictorStage:
+        if self.points == "trajectory" and self.delta != "schedule":
+            raise ValueError("points 'trajectory' are those of a schedule: set delta: schedule")
         if not self.schedule_lists:
             raise ValueError("schedule_lists needs at least one list of full steps")
         for spec in self.schedule_lists:

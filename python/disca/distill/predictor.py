@@ -14,7 +14,8 @@ from disca.data.source import ClipSource
 from disca.distill.batch import broadcast, draw_batch, interpolate, sample_error
 from disca.distill.config import PredictorStage
 from disca.distill.times import interval_pairs, sample_times
-from disca.distill.trainer import StepOutput
+from disca.distill.trainer import StepOutput, step_generator
+from disca.distill.trajectories import TrajectoryBank, record_trajectories
 from disca.models.condition import Condition
 from disca.models.discriminator import Discriminator
 from disca.models.dit import DiT
@@ -28,6 +29,7 @@ __all__ = [
     "generator_hinge",
     "one_step",
     "schedule_gaps",
+    "schedule_pairs",
     "shifted_pair",
 ]
 
@@ -46,6 +48,32 @@ def shifted_pair(t: Tensor, r: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     return (t - delta).clamp_min(0.0), (r - delta).clamp_min(0.0)
 
 
+def schedule_pairs(lists: Sequence[str], steps: int) -> Tensor:
+    """List the pairs of steps that caching meets when sampling.
+
+    Args:
+        lists: Full-step lists, as :func:`disca.sample.steps.resolve_full_steps` takes them.
+        steps: Steps of the schedule.
+
+    Returns:
+        int64 ``[K, 2]``: the cached and the predicted step, one row for each predicted step of
+        each list.
+
+    Raises:
+        UserError: If a list is unknown or does not fit the steps.
+    """
+    rows = []
+    for spec in lists:
+        full = set(resolve_full_steps(spec, steps))
+        cached = 0
+        for step in range(steps):
+            if step in full:
+                cached = step
+            else:
+                rows.append([cached, step])
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 2)
+
+
 def schedule_gaps(lists: Sequence[str], steps: int, shift: float) -> Tensor:
     """List the time pairs that caching meets when sampling.
 
@@ -61,17 +89,9 @@ def schedule_gaps(lists: Sequence[str], steps: int, shift: float) -> Tensor:
     Raises:
         UserError: If a list is unknown, does not fit the steps or predicts nothing.
     """
-    schedule = flow_shift_schedule(steps, shift)
-    rows = []
-    for spec in lists:
-        full = set(resolve_full_steps(spec, steps))
-        cached = 0
-        for step in range(steps):
-            if step in full:
-                cached = step
-            else:
-                rows.append([cached, cached + 1, step, step + 1])
-    return schedule[torch.tensor(rows, dtype=torch.int64).view(-1, 4)]
+    cached, predicted = schedule_pairs(lists, steps).unbind(dim=1)
+    index = torch.stack([cached, cached + 1, predicted, predicted + 1], dim=1)
+    return flow_shift_schedule(steps, shift)[index]
 
 
 def one_step(x_t: Tensor, u: Tensor, t: Tensor, r: Tensor) -> Tensor:
@@ -113,6 +133,18 @@ class _Pending:
     fake: Tensor
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """A predicted step: its times, condition and latent, the cached tokens, the student's u."""
+
+    t: Tensor
+    r: Tensor
+    condition: Condition
+    x: Tensor
+    cache: Tensor
+    target: Tensor
+
+
 class PredictorTask:
     """Trains a predictor of the frozen student's last-layer tokens.
 
@@ -127,6 +159,7 @@ class PredictorTask:
         host: Student; frozen and put into evaluation mode here.
         source: Training clips.
         settings: Settings of the stage.
+        seed: Seed of the recorded trajectories.
     """
 
     def __init__(
@@ -137,6 +170,8 @@ class PredictorTask:
         host: DiT,
         source: ClipSource,
         settings: PredictorStage,
+        *,
+        seed: int = 0,
     ) -> None:
         self.name = name
         self.predictor = predictor
@@ -152,6 +187,9 @@ class PredictorTask:
         self.gaps = schedule_gaps(
             settings.schedule_lists, settings.schedule_steps, settings.schedule_shift
         )
+        self.pairs = schedule_pairs(settings.schedule_lists, settings.schedule_steps)
+        self.seed = seed
+        self._bank: tuple[int, TrajectoryBank] | None = None
         self._pending: dict[int, _Pending] = {}
 
     def use_averaged(self, averaged: Mapping[str, nn.Module]) -> None:
@@ -190,7 +228,10 @@ class PredictorTask:
     def _end(self, r: Tensor) -> Tensor | None:
         return r if self.host.mean_flow else None
 
-    def _predict(self, step: int, micro: int, generator: torch.Generator) -> StepOutput:
+    def _draw(self, step: int, generator: torch.Generator) -> _Drawn:
+        """Draw what a micro-batch predicts, from training clips or from the student's own runs."""
+        if self.settings.points == "trajectory":
+            return self._draw_recorded(step, generator)
         settings = self.settings
         batch = draw_batch(
             self.source,
@@ -208,14 +249,57 @@ class PredictorTask:
             if settings.points == "student":
                 u = self.host(x_t, t, self._end(t_later), condition)
                 x_later = one_step(x_t, u, t, t_later)
+            target = self.host(x_later, t_later, self._end(r_later), condition)
+        return _Drawn(t_later, r_later, condition, x_later, cache, target)
+
+    def _draw_recorded(self, step: int, generator: torch.Generator) -> _Drawn:
+        """Draw recorded runs and, for each, a cached and a predicted step of the schedule."""
+        settings = self.settings
+        schedule = flow_shift_schedule(settings.schedule_steps, settings.schedule_shift)
+        turn = step // settings.refresh
+        if self._bank is None or self._bank[0] != turn:
+            # A pure function of the turn, so that a resumed run records the same.
+            seeded = step_generator(self.seed, f"{self.name}/trajectories", turn, 0)
+            self._bank = (
+                turn,
+                record_trajectories(
+                    self.host,
+                    self.source,
+                    schedule,
+                    settings.trajectories,
+                    seeded,
+                    guidance=settings.guidance,
+                ),
+            )
+        bank = self._bank[1]
+        run = torch.randint(len(bank), (settings.batch,), generator=generator)
+        pair = self.pairs[torch.randint(len(self.pairs), (settings.batch,), generator=generator)]
+        cached, predicted = pair.unbind(dim=1)
+        return _Drawn(
+            schedule[predicted].to(self.device),
+            schedule[predicted + 1].to(self.device),
+            bank.condition.select(run.to(self.device)),
+            bank.x[predicted, run],
+            bank.tokens[cached, run],
+            bank.velocity[predicted, run],
+        )
+
+    def _predict(self, step: int, micro: int, generator: torch.Generator) -> StepOutput:
+        drawn = self._draw(step, generator)
+        t_later, r_later, condition = drawn.t, drawn.r, drawn.condition
+        x_later, cache, target = drawn.x, drawn.cache, drawn.target
+        with torch.no_grad():
             state = self.host.embed(x_later, t_later, self._end(r_later), condition)
-            target = self.host.head(self.host.run(state))
             reuse = self.host.head(state.with_tokens(cache))
         predicted = self.predictor.velocity(self.host, state, cache)
         errors = sample_error(predicted, target)
-        loss = errors.mean()
-        logs = {"mse": float(loss.detach()), "reuse_mse": float(sample_error(reuse, target).mean())}
-        if self.discriminator is not None and step >= settings.mse_steps:
+        weight = (t_later - r_later).pow(self.settings.step_power)
+        loss = (weight / weight.mean() * errors).mean()
+        logs = {
+            "mse": float(errors.detach().mean()),
+            "reuse_mse": float(sample_error(reuse, target).mean()),
+        }
+        if self.discriminator is not None and step >= self.settings.mse_steps:
             fake = one_step(x_later, predicted, t_later, r_later)
             real = one_step(x_later, target, t_later, r_later)
             self._pending[micro] = _Pending(t_later, r_later, condition, real, fake.detach())
@@ -223,7 +307,7 @@ class PredictorTask:
             logits = self.discriminator(self.host, fake, r_later, self._end(r_later), condition)
             gan = generator_hinge(logits)
             logs |= {"gan": float(gan.detach()), "logit_fake": _mean_logit(logits)}
-            loss = loss + settings.gan_weight * gan
+            loss = loss + self.settings.gan_weight * gan
         tensors = {"cache": cache, "target": target, "predicted": predicted.detach()}
         return StepOutput(loss, errors.detach(), t_later, r_later, logs, tensors)
 

@@ -265,7 +265,13 @@ class _Run:
         if settings.steps > settings.mse_steps:
             discriminator = Discriminator(host.config, taps=settings.taps).to(self.config.device)
         return PredictorTask(
-            name, predictor.to(self.config.device), discriminator, host, self.source, settings
+            name,
+            predictor.to(self.config.device),
+            discriminator,
+            host,
+            self.source,
+            settings,
+            seed=self.config.seed,
         )
 
     def _load(self, name: str) -> DiT:
