@@ -7,6 +7,7 @@ for a tensor that may carry a tangent; everything else is a constant of the call
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,13 @@ INDEX = torch.tensor([[0, 2, 1, 0], [1, 1, 0, 2], [2, 0, 0, 1]])
 PICK = torch.tensor([2, 0])
 MASK = torch.tensor([[True, False, True, True]])
 
+
+
+def same(names: tuple[str, ...], cases: list[Any]) -> dict[str, list[Any]]:
+    """The same cases for several names."""
+    return dict.fromkeys(names, cases)
+
+
 Case = list[Any] | tuple[list[Any], dict[str, Any]]
 
 _UNARY = {
@@ -51,7 +59,8 @@ _UNARY = {
     "__neg__": [X], "__pos__": [X], "contiguous": [X], "clone": [X], "t": [X], "trace": [X],
     "flatten": [CUBE], "ravel": [CUBE], "unbind": [CUBE], "squeeze": [Var(3, 1, 4)],
     "T": [X], "mT": [CUBE], "H": [X], "mH": [CUBE], "adjoint": [CUBE], "fliplr": [X],
-    "flipud": [X], "__reversed__": [CUBE], "view_as_real": [Z], "view_as_complex": [Var(3, 4, 2, kind="contiguous")],
+    "flipud": [X], "__reversed__": [CUBE], "view_as_real": [Z],
+    "view_as_complex": [Var(3, 4, 2, kind="contiguous")],
     "real": [Z], "imag": [Z], "conj": [Z], "resolve_conj": [Z], "resolve_neg": [X],
     "double": [X], "float": [X], "cpu": [X], "diagonal": [CUBE], "tril": [X], "triu": [X],
 }  # fmt: skip
@@ -87,27 +96,28 @@ CASES: dict[str, list[Case]] = {
     **_CONVOLUTIONS,
     "gelu": [[X], ([X], {"approximate": "tanh"})],
     "softplus": [[X], [X, 2.0, 1.0]],
-    **dict.fromkeys(("clamp", "clip"), [[X, -0.5, 0.5], ([X], {"max": 0.3}), [X, ROW]]),
-    **dict.fromkeys(("clamp_min", "clamp_max"), [[X, 0.1]]),
-    **dict.fromkeys(
+    **same(("clamp", "clip"), [[X, -0.5, 0.5], ([X], {"max": 0.3}), [X, ROW]]),
+    **same(("clamp_min", "clamp_max"), [[X, 0.1]]),
+    **same(
         ("add", "__add__", "__radd__", "sub", "subtract", "__sub__", "mul", "multiply", "__mul__",
          "__rmul__"),
         [[X, X], [X, ROW], [ROW, X], [X, 2.5], [Var(3, 1), Var(1, 4)], [Z, Z]],
     ),
-    **dict.fromkeys(
-        ("div", "divide", "true_divide", "__truediv__", "__div__"), [[X, P], [X, 2.5], [X, Var(3, 1)]]
+    **same(
+        ("div", "divide", "true_divide", "__truediv__", "__div__"),
+        [[X, P], [X, 2.5], [X, Var(3, 1)]],
     ),
-    **dict.fromkeys(("__rdiv__", "__rtruediv__"), [[P, 2.5]]),
+    **same(("__rdiv__", "__rtruediv__"), [[P, 2.5]]),
     "rsub": [[X, 2.0], [X, ROW], ([X, ROW], {"alpha": 3})],
     "pow": [[P, 2], [P, 3], [P, 0.5], [P, 1], [P, 0], [P, X], [P, -1.5]],
     "__pow__": [[P, 2], [P, X]],
     "__rpow__": [[X, 2.0]],
     "addcmul": [[X, X, ROW], ([X, X, X], {"value": 0.3})],
     "lerp": [[X, X, 0.3], [X, ROW, X]],
-    **dict.fromkeys(("maximum", "minimum"), [[X, X], [X, ROW]]),
+    **same(("maximum", "minimum"), [[X, X], [X, ROW]]),
     "masked_fill": [[X, MASK, 0.5], [X, MASK, Var()]],
     "linear": [[CUBE, Var(5, 4)], [CUBE, Var(5, 4), Var(5)]],
-    **dict.fromkeys(("matmul", "__matmul__"), [[CUBE, Var(4, 5)], [X, ROW], [ROW, Var(4, 2)]]),
+    **same(("matmul", "__matmul__"), [[CUBE, Var(4, 5)], [X, ROW], [ROW, Var(4, 2)]]),
     "__rmatmul__": [[Var(4, 5), CUBE]],
     "mm": [[X, Var(4, 2)]], "bmm": [[CUBE, Var(2, 4, 5)]], "mv": [[X, ROW]], "dot": [[ROW, ROW]],
     "outer": [[ROW, Var(3)]],
@@ -129,31 +139,36 @@ CASES: dict[str, list[Case]] = {
     "view_as": [[Var(12), torch.zeros(3, 4)]],
     "reshape_as": [[CUBE, torch.zeros(4, 6)]], "expand_as": [[ROW, torch.zeros(3, 4)]],
     "permute": [[CUBE, (2, 0, 1)]],
-    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), [[CUBE, 0, -1]]),
-    **dict.fromkeys(("movedim", "moveaxis"), [[CUBE, 0, -1], [CUBE, (0, 1), (1, 0)]]),
-    **dict.fromkeys(("chunk", "unsafe_chunk", "tensor_split"), [[X, 2, 1]]),
+    **same(("transpose", "swapaxes", "swapdims"), [[CUBE, 0, -1]]),
+    **same(("movedim", "moveaxis"), [[CUBE, 0, -1], [CUBE, (0, 1), (1, 0)]]),
+    **same(("chunk", "unsafe_chunk", "tensor_split"), [[X, 2, 1]]),
     "split": [[X, 2, -1], [X, [1, 3], 1]],
     "unsafe_split": [[X, 2, 1]], "split_with_sizes": [[X, [1, 3], 1]],
-    **dict.fromkeys(("hsplit", "vsplit"), [[Var(4, 4), 2]]), "dsplit": [[Var(2, 3, 4), 2]],
+    **same(("hsplit", "vsplit"), [[Var(4, 4), 2]]), "dsplit": [[Var(2, 3, 4), 2]],
     "expand": [[ROW, (3, 4)], [Var(3, 1), (-1, 4)]], "broadcast_to": [[ROW, (3, 4)]],
     "unsqueeze": [[X, 1]], "unflatten": [[X, 1, (2, 2)]], "narrow": [[X, 1, 1, 2]],
     "select": [[X, 1, 2]], "index_select": [[X, 0, PICK]], "gather": [[X, 0, INDEX]],
     "take": [[X, INDEX]], "take_along_dim": [[X, INDEX, 0]], "masked_select": [[X, MASK]],
     "unfold": [[ROW, 0, 2, 1]], "flip": [[X, (0, 1)]], "rot90": [[X, 1, (0, 1)]],
     "roll": [[X, 1, 0], [X, (1, -1), (0, 1)]], "repeat": [[X, 2, 1]], "tile": [[X, (2, 1)]],
-    "repeat_interleave": [[X, 2, 0], [X, 2]], "sum": [[X], [X, 1], ([CUBE, (0, 2)], {"keepdim": True})],
+    "repeat_interleave": [[X, 2, 0], [X, 2]],
+    "sum": [[X], [X, 1], ([CUBE, (0, 2)], {"keepdim": True})],
     "mean": [[X], [X, -1, True]], "cumsum": [[X, 1]],
     "__getitem__": [
         [CUBE, 1], [CUBE, (slice(None), None, 1)], [CUBE, (Ellipsis, slice(0, 4, 2))],
         [X, PICK], [X, (PICK, PICK)], [X, MASK.expand(3, 4)],
     ],
     "pixel_shuffle": [[Var(1, 4, 2, 2), 2]], "pixel_unshuffle": [[Var(1, 1, 4, 4), 2]],
-    "pad": [[X, (1, 2)], ([X, (1, 0, 0, 1)], {"value": 3.0}), ([CUBE, (1, 1)], {"mode": "reflect"})],
-    "to": [[X, torch.float32], [X, torch.complex128], ([X], {"dtype": torch.float64, "copy": True})],
+    "pad": [
+        [X, (1, 2)], ([X, (1, 0, 0, 1)], {"value": 3.0}), ([CUBE, (1, 1)], {"mode": "reflect"}),
+    ],
+    "to": [
+        [X, torch.float32], [X, torch.complex128], ([X], {"dtype": torch.float64, "copy": True}),
+    ],
     "type_as": [[X, torch.zeros(1)]], "type": [[X, torch.float32]],
-    **dict.fromkeys(("cat", "concat", "concatenate"), [[[X, X], 0], ([[X, torch.ones(3, 2)]], {"dim": 1})]),
+    **same(("cat", "concat", "concatenate"), [[[X, X], 0], ([[X, torch.ones(3, 2)]], {"dim": 1})]),
     "stack": [[[X, X, X], 1]],
-    **dict.fromkeys(("hstack", "vstack", "dstack"), [[[X, X]]]),
+    **same(("hstack", "vstack", "dstack"), [[[X, X]]]),
     "attention": [[Var(2, 2, 3, 4), Var(2, 2, 5, 4), Var(2, 2, 5, 4)]],
     "adaln_modulate": [[CUBE, Var(2, 4), Var(2, 4)], ([CUBE, CUBE, CUBE], {"eps": 1e-3})],
     "timestep_features": [[Var(3), 8]],
@@ -171,3 +186,25 @@ CASES: dict[str, list[Case]] = {
 WITHOUT_A_CASE = {"half", "bfloat16", "cuda", "long", "int", "short", "char", "bool", "byte"}
 
 OURS = (attention, adaln_modulate, timestep_features)
+
+
+class Kept:
+    """A tensor that a graph keeps for its backward pass, for as long as the graph lives."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # an output would otherwise keep its own graph alive
+
+
+def live_saved(run: Callable[[], Any]) -> tuple[Any, list[int]]:
+    """The result of a run, and the sorted sizes in bytes of what its graph keeps."""
+    kept: list[weakref.ref[Kept]] = []
+
+    def pack(tensor: Tensor) -> Kept:
+        entry = Kept(tensor)
+        kept.append(weakref.ref(entry))
+        return entry
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda entry: entry.tensor):
+        result = run()
+    alive = [entry.tensor for entry in (reference() for reference in kept) if entry is not None]
+    return result, sorted(x.numel() * x.element_size() for x in alive)

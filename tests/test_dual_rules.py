@@ -7,10 +7,8 @@ import itertools
 import random
 from typing import Any
 
-
 import pytest
 import torch
-from tests.dual_cases import BY_FUNCTION, CASES, OURS, WITHOUT_A_CASE, Var
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
@@ -18,6 +16,7 @@ from torch.utils import _pytree as pytree
 from disca_kernels import dual
 from disca_kernels.dual.registry import FAMILIES
 from disca_kernels.dual.tensor import function_name
+from tests.dual_cases import BY_FUNCTION, CASES, OURS, WITHOUT_A_CASE, Var, live_saved
 
 
 def cases_of(func: Any) -> list[Any]:
@@ -117,28 +116,6 @@ KEEPS_OTHER_TENSORS = (torch.nn.functional.scaled_dot_product_attention,)
 def gradients(tree, leaves):
     loss = sum((x.abs().sin().sum() for x in pytree.tree_leaves(tree)), torch.zeros(()))
     return torch.autograd.grad(loss, leaves, allow_unused=True)
-
-
-class Kept:
-    def __init__(self, tensor):
-        self.tensor = tensor.detach()  # an output would otherwise keep its own graph alive
-
-
-def live_saved(run):
-    """The result of a run, and the sorted sizes of the tensors its graph keeps for backward."""
-    import weakref
-
-    kept = []
-
-    def pack(tensor):
-        entry = Kept(tensor)
-        kept.append(weakref.ref(entry))
-        return entry
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda entry: entry.tensor):
-        result = run()
-    alive = [entry().tensor for entry in kept if entry() is not None]
-    return result, sorted(x.numel() * x.element_size() for x in alive)
 
 
 STEPS = [

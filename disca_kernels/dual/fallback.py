@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from disca_kernels.dual.registry import add_handler, constant_handler, refusing_handler
 from disca_kernels.dual.tensor import (
@@ -101,7 +102,7 @@ def tangents_by_func_jvp(
     tangents = tuple(leaves[place]._tangent for place in places)
     try:
         # PyTorch's fast attention kernels have no forward mode; the plain one has.
-        with _RefuseOpaque(), sdpa_kernel(SDPBackend.MATH):
+        with _guard(func), sdpa_kernel(SDPBackend.MATH):
             dots: tuple[Tensor, ...] = torch.func.jvp(call, primals, tangents)[1]
             return dots
     except TangentError:
@@ -149,22 +150,41 @@ def _set_random_states(states: dict[torch.device, Tensor]) -> None:
             torch.set_rng_state(state)
 
 
-class _RefuseOpaque(TorchFunctionMode):
-    """Raise when an operator from torch.library meets a forward-mode tensor inside a call.
+def _guard(func: Any) -> AbstractContextManager[Any]:
+    """Watch calls of other libraries' functions; PyTorch's own use no operators but its own."""
+    owner = getattr(func, "__module__", None) or "torch"
+    return nullcontext() if owner.split(".")[0] == "torch" else _RefuseOpaque()  # type: ignore[no-untyped-call]
 
-    Within a ``torch.autograd.Function`` that has its own ``jvp`` such operators see plain
-    tensors, which is right and is let through.
+
+class _RefuseOpaque(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raise when an operator from torch.library runs inside a call that is differentiated.
+
+    Within a ``torch.autograd.Function``, which answers for its own tangent, they are let through.
     """
 
-    def __torch_function__(
+    def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        if _is_opaque(func) and any(
-            isinstance(leaf, Tensor) and torch._C._functorch.is_gradtrackingtensor(leaf)
-            for leaf in pytree.tree_leaves((args, kwargs))
-        ):
+        if _is_opaque(func) and not _TRUST.depth:
             _OPAQUE(func, args, {})
         return func(*args, **(kwargs or {}))
+
+
+class _Trust(threading.local):
+    depth = 0
+
+
+_TRUST = _Trust()
+
+
+@contextmanager
+def trusted() -> Iterator[None]:
+    """Let operators through for the time of an autograd Function."""
+    _TRUST.depth += 1
+    try:
+        yield
+    finally:
+        _TRUST.depth -= 1
 
 
 def _is_opaque(func: Any) -> bool:

@@ -3,7 +3,8 @@
 
 ``Function.apply`` is the one public entry of PyTorch that ``__torch_function__`` cannot see: it
 would run ``forward`` on duals with gradients off and so cut the value from autograd. While a pass
-runs, it is replaced by a version that looks for duals first.
+runs, a version that looks for duals stands before PyTorch's own, in a place that also serves
+code which took ``MyFunction.apply`` long before.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.autograd.function import Function
+from torch.autograd.function import Function, _SingleLevelFunction
 from torch.nn.modules._functions import BackwardHookFunction
 
-from disca_kernels.dual.fallback import call_through_func_jvp
+from disca_kernels.dual.fallback import call_through_func_jvp, trusted
 from disca_kernels.dual.tensor import HANDLERS, TangentError, has_dual, make_dual, primals_of, split
 
 _lock = threading.Lock()
 _passes = 0
-_original = Function.__dict__["apply"]
 
 
 @contextmanager
@@ -32,23 +32,23 @@ def interception() -> Iterator[None]:
     with _lock:
         _passes += 1
         if _passes == 1:
-            Function.apply = classmethod(_apply)  # type: ignore[assignment, method-assign]
+            _SingleLevelFunction.apply = classmethod(_apply)  # type: ignore[attr-defined]
     try:
         yield
     finally:
         with _lock:
             _passes -= 1
             if _passes == 0:
-                Function.apply = _original  # type: ignore[method-assign]
+                del _SingleLevelFunction.apply  # type: ignore[attr-defined]
 
 
-def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    plain = _original.__get__(None, cls)
-    if not (has_dual(args) or has_dual(kwargs)):
-        return plain(*args, **kwargs)
+def _apply(cls: Any, *args: Any) -> Any:
+    if not has_dual(args):
+        with trusted():
+            return super(_SingleLevelFunction, cls).apply(*args)
     handler = HANDLERS.get(cls)
     if handler is not None:
-        return handler(plain, args, kwargs)
+        return handler(cls.apply, args, {})
     if not (_overrides(cls, "jvp") and _overrides(cls, "setup_context")):
         hint = (
             " Pass use_reentrant=False to torch.utils.checkpoint."
@@ -60,7 +60,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             "it has no jvp with a separate setup_context. Add both, or register a rule with "
             f"dual.rule({cls.__qualname__}).{hint}"
         )
-    return call_through_func_jvp(plain, args, kwargs)
+    return call_through_func_jvp(cls.apply, args, {})
 
 
 def _overrides(cls: Any, name: str) -> bool:

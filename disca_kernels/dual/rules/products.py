@@ -51,7 +51,7 @@ def _register_sum_and_product(name: str) -> None:
     @rule(*spellings(name))
     def _sum_and_product(
         out: Tensor, input: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1
-    ) -> Tensor | None:
+    ) -> Any:
         (x, x_dot), (y, y_dot), out_dot = split(left), split(right), tangent(input)
         out_dot = None if out_dot is None else out_dot * beta
         for first, second in ((x_dot, y), (x, y_dot)):
