@@ -129,6 +129,21 @@ def sample(
 
 
 @app.command()
+def export(
+    checkpoints: Annotated[Path, typer.Option(help="Folder of a training run.")],
+    out: Annotated[Path, typer.Option(help="Folder of the exported weights.")],
+) -> None:
+    """Write the weights of a run as they are shipped: one float16 file for each stage."""
+    from disca.demo.suite import copy_sampling
+    from disca.distill.bundle import export as write
+
+    sizes = write(checkpoints, out)
+    copy_sampling(checkpoints, out)
+    for stage, size in sizes.items():
+        typer.echo(f"{stage}: {size / 1e6:.1f} MB")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("demo-results"),
     checkpoints: Checkpoints = None,

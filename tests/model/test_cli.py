@@ -112,7 +112,7 @@ def test_help_is_quick():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("env", "train", "sample", "demo", "evaluate", "ablate"):
+    for command in ("env", "train", "sample", "export", "demo", "evaluate", "ablate"):
         assert command in done.stdout
 
 
@@ -201,6 +201,21 @@ def test_evaluate_writes_files_and_docs(capsys, checkpoints, out, monkeypatch):
     assert docs.read_text().endswith("<!-- end evaluation -->\nafter\n")
 
 
+def test_export_writes_small_weights_that_sample_alike(capsys, checkpoints, out, tmp_path):
+    run_folder = shutil.copytree(checkpoints, tmp_path / "run")
+    (run_folder / "sampling.yaml").write_text("guidance: 2.5\n")
+    code, text, _ = run(capsys, "export", "--checkpoints", run_folder, "--out", out / "small")
+    assert code == 0
+    assert "teacher: " in text
+    names = {path.name for path in run_folder.iterdir()}
+    assert {path.name for path in (out / "small").iterdir()} == names
+    for path in sorted(run_folder.glob("*.safetensors")):
+        exported = load_tensors(out / "small" / path.name).tensors
+        for name, value in load_tensors(path).tensors.items():
+            assert torch.equal(exported[name], value.half() if value.is_floating_point() else value)
+    assert (out / "small" / "sampling.yaml").read_text() == "guidance: 2.5\n"
+
+
 TRAIN = ["train", "--out", "OUT", "--preset", "digits"]
 SAMPLE = ["sample", "--checkpoints", "RUN", "--prompt", "7 left fast", "--out", "OUT/a.gif"]
 EVALUATE = ["evaluate", "--checkpoints", "RUN", "--out", "OUT/r"]
@@ -250,6 +265,8 @@ EVALUATE = ["evaluate", "--checkpoints", "RUN", "--out", "OUT/r"]
         ([*EVALUATE, "--docs", "OUT/file"], "needs the lines '<!-- begin evaluation -->'"),
         ([*EVALUATE, "--docs", "OUT/none.md"], "cannot read"),
         ([*EVALUATE, "--out", "OUT/file/r"], "cannot write to the folder"),
+        (["export", *EVALUATE[1:3], "--out", "OUT/file/r"], "cannot write to"),
+        (["export", "--checkpoints", "OUT/none", "--out", "OUT/r"], "none"),
         (["demo", "--out", "OUT/r", "--checkpoints", "OUT"], "holds no trained run"),
         (["demo", "--out", "OUT/r", "--seeds", "0"], "seeds must be different"),
         (["demo", "--out", "OUT/r", "--what"], "No such option"),

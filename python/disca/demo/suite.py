@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from disca.demo.files import write_text
 from disca.errors import UserError
 
 if TYPE_CHECKING:
@@ -147,6 +148,18 @@ def load_suite(folder: Path | None = None, **changes: object) -> Suite:
     folder = shipped_checkpoints() if folder is None else folder
     sampling = _sampling(folder / SAMPLING_FILE, changes)
     return Suite.from_bundle(load_models(folder), sampling)
+
+
+def copy_sampling(source: Path, target: Path) -> None:
+    """Take the sampling settings of one folder along to another, if it has any.
+
+    Raises:
+        UserError: the settings cannot be read or written, or do not fit.
+    """
+    path = source / SAMPLING_FILE
+    if path.is_file():
+        _sampling(path, {})
+        write_text(target / SAMPLING_FILE, path.read_text(encoding="utf-8"))
 
 
 def _sampling(path: Path, changes: Mapping[str, object]) -> Sampling:
