@@ -48,3 +48,7 @@ def load() -> ModuleType:
 def why_not() -> str | None:
     """Return why the compiled extension cannot be used, or None when it can."""
     return _try_load()[1]
+
+
+# What torch.compiler.assume_constant_result sets: a compiler cannot trace an import.
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]

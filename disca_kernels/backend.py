@@ -96,10 +96,20 @@ def _requested(requested: str | Backend) -> Backend:
     backend = _parse(requested, "backend")
     if backend is not Backend.AUTO:
         return backend
+    return _parse(_ambient(), ENVIRONMENT_VARIABLE)
+
+
+def _ambient() -> str:
+    """Name what the context or the environment asks for, in this order."""
     in_context = _default.get()
     if in_context is not None:
-        return in_context
-    return _parse(os.environ.get(ENVIRONMENT_VARIABLE, Backend.AUTO), ENVIRONMENT_VARIABLE)
+        return in_context.value
+    return os.environ.get(ENVIRONMENT_VARIABLE, Backend.AUTO.value)
+
+
+# What torch.compiler.assume_constant_result sets: a compiler cannot trace a ContextVar, so what is
+# in force while it traces is what the compiled function keeps.
+_ambient._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def candidates(op: str, device: torch.device) -> tuple[Backend, ...]:
