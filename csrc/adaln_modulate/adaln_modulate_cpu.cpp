@@ -6,10 +6,6 @@
 
 #include <pybind11/stl.h>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -20,6 +16,12 @@
 #include "common/checks.h"
 #include "common/cpu.h"
 #include "common/dtype.h"
+#if defined(_OPENMP)
+#include <omp.h>
+#define DISCA_THREAD omp_get_thread_num()
+#else
+#define DISCA_THREAD 0
+#endif
 
 namespace py = pybind11;
 
@@ -49,15 +51,18 @@ inline __attribute__((always_inline)) float normalise(const X* x, float* x_hat, 
     sum += x_hat[c];
   }
   const float mean = sum / static_cast<float>(C);
-  float squares = 0;
-#pragma omp simd reduction(+ : squares)
+  float squares = 0, rest = 0;  // rest: what rounding left of the mean
+#pragma omp simd reduction(+ : squares, rest)
   for (std::int64_t c = 0; c < C; ++c) {
     x_hat[c] -= mean;
     squares += x_hat[c] * x_hat[c];
+    rest += x_hat[c];
   }
-  const float rstd = 1.0f / std::sqrt(squares / static_cast<float>(C) + eps);
+  rest /= static_cast<float>(C);
+  const float variance = std::max(squares / static_cast<float>(C) - rest * rest, 0.0f);
+  const float rstd = 1.0f / std::sqrt(variance + eps);
 #pragma omp simd
-  for (std::int64_t c = 0; c < C; ++c) x_hat[c] *= rstd;
+  for (std::int64_t c = 0; c < C; ++c) x_hat[c] = (x_hat[c] - rest) * rstd;
   return rstd;
 }
 
@@ -173,12 +178,7 @@ void parallel_for(std::int64_t tasks, int threads, std::int64_t floats, const Bo
   std::vector<float> scratch(static_cast<std::size_t>(threads * floats));
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (std::int64_t task = 0; task < tasks; ++task) {
-#if defined(_OPENMP)
-    const int thread = omp_get_thread_num();
-#else
-    const int thread = 0;
-#endif
-    body(task, scratch.data() + thread * floats);
+    body(task, scratch.data() + DISCA_THREAD * floats);
   }
 }
 
