@@ -32,7 +32,7 @@ demo: install
 	$(BIN)/disca demo
 
 test: install
-	OMP_NUM_THREADS=1 $(PYTEST) -n $(TEST_WORKERS) $(TESTS)
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(TEST_WORKERS) --dist loadgroup $(TESTS)
 
 lint: install
 	$(BIN)/ruff check .
