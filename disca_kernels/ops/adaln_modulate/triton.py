@@ -241,7 +241,7 @@ def _adaln_modulate_jvp_kernel(
     tl.store(p_y_dot + o_out, b_y_dot.to(p_y_dot.dtype.element_ty), mask=m_rows)
 
 
-def _tile(n_channels: int, live_rows: int) -> tuple[int, int, int]:
+def tile(n_channels: int, live_rows: int) -> tuple[int, int, int]:
     """Choose BLOCK_N, BLOCK_C and warps so that `live_rows` float32 tiles stay in registers."""
     block_c = max(16, triton.next_power_of_2(n_channels))
     block_n = min(max(1, _TILE_ELEMENTS // block_c), _MAX_ROWS_PER_TILE)
@@ -256,7 +256,7 @@ def launch_fwd(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     if y.numel() == 0:
         return y
     x, shift, scale = contiguous_rows(x), contiguous_rows(shift), contiguous_rows(scale)
-    block_n, block_c, num_warps = _tile(n_channels, live_rows=3)
+    block_n, block_c, num_warps = tile(n_channels, live_rows=3)
     _adaln_modulate_fwd_kernel[(n_batch * triton.cdiv(n_tokens, block_n),)](
         x,
         shift,
@@ -282,7 +282,7 @@ def launch_bwd(
     """Return dx, dshift and dscale, None for what is not needed; sums in a fixed order."""
     n_batch, n_tokens, n_channels = x.shape
     per_token = scale.ndim == 3
-    block_n, block_c, num_warps = _tile(n_channels, live_rows=6)
+    block_n, block_c, num_warps = tile(n_channels, live_rows=6)
     rows = block_n
     if not per_token:
         wanted = triton.cdiv(_BACKWARD_PROGRAMS, max(n_batch, 1))
@@ -334,7 +334,7 @@ def launch_jvp(
     y = torch.empty_like(y_dot) if with_value else None
     if y_dot.numel() == 0:
         return y, y_dot
-    block_n, block_c, num_warps = _tile(n_channels, live_rows=5)
+    block_n, block_c, num_warps = tile(n_channels, live_rows=5)
     operands = (x, shift, scale, *tangents)
     strides = [s for t in operands for s in ((0, 0) if t is None else row_strides(t))]
     _adaln_modulate_jvp_kernel[(n_batch * triton.cdiv(n_tokens, block_n),)](
