@@ -33,7 +33,10 @@ def repair_bfloat16() -> None:
 
     if getattr(InterpreterBuilder, "_disca_bfloat16", False):
         return
-    original_cast, original_fp_to_fp = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
+    original_cast, original_fp_to_fp = (
+        InterpreterBuilder.cast_impl,
+        InterpreterBuilder.create_fp_to_fp,
+    )
     original_dot = InterpreterBuilder.create_dot
 
     def cast(source: Any, target: Any) -> Any:
@@ -46,10 +49,15 @@ def repair_bfloat16() -> None:
         return None
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
-        return cast(source, target) or original_cast(self, source, target)
+        # A handle is false when its data holds a zero, so it must be compared with None.
+        result = cast(source, target)
+        return original_cast(self, source, target) if result is None else result
 
     def create_fp_to_fp(self: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
-        return cast(source, target) or original_fp_to_fp(self, source, target, rounding_mode)
+        result = cast(source, target)
+        if result is None:
+            return original_fp_to_fp(self, source, target, rounding_mode)
+        return result
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
         a, b = (
