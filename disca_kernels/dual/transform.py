@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,6 +60,11 @@ def jvp(func: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any
             "dual.jvp was called inside another dual.jvp. It computes first derivatives only; "
             "use torch.func.jvp for nested ones."
         )
+    compiler_loaded = "torch._dynamo" in sys.modules
+    return (_beside_the_compiler() if compiler_loaded else _run)(func, primals, tangents)
+
+
+def _run(func: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
     members = STATE.members = []
     try:
         with interception():
@@ -70,6 +77,20 @@ def jvp(func: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any
     finally:
         STATE.members = None
         spend(members)
+
+
+@functools.cache
+def _beside_the_compiler() -> Callable[..., Any]:
+    """The pass for a process that uses torch.compile, whose graphs would break at every rule.
+
+    Around the pass the compiler is off; modules compiled before run in eager mode inside.
+    """
+
+    def run(*args: Any) -> Any:
+        with torch.compiler.set_stance("force_eager"):
+            return _run(*args)
+
+    return torch.compiler.disable(run)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _value(leaf: Any) -> Any:
