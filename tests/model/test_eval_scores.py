@@ -14,6 +14,7 @@ from disca.eval import (
     jitter,
     psnr,
     relative_error,
+    relative_errors,
     semantic_score,
     ssim,
 )
@@ -111,6 +112,8 @@ def test_relative_error_is_a_mean_of_ratios():
     clips[0] += 0.5  # (0.5 / 1)² = 0.25
     clips[1] += 1.0  # (1 / 10)² = 0.01
     assert relative_error(clips, reference) == pytest.approx(0.13)
+    assert relative_errors(clips, reference).mean().item() == pytest.approx(0.13)
+    assert relative_errors(clips, reference).shape == (len(clips),)
     assert relative_error(reference, reference) == 0.0
     strided = torch.stack([clips, clips], -1)[..., 0]
     assert relative_error(strided, reference) == pytest.approx(0.13)

@@ -21,6 +21,7 @@ METRICS = (
     "joint",
     "frechet",
     "error_uncached",
+    "error_uncached_median",
     "jitter_uncached",
     "error_teacher",
 )
@@ -64,7 +65,8 @@ class SeedScores(_Record):
         speed: the same for the speed.
         joint: share of clips with all three right.
         frechet: Fréchet distance to real held-out clips in the classifier's features.
-        error_uncached: relative squared error to the same seed without the cache.
+        error_uncached: relative squared error to the same seed without the cache, mean of clips.
+        error_uncached_median: the same, of the median clip.
         jitter_uncached: the same error of the differences from frame to frame.
         error_teacher: relative squared error to the same seed of the 50x2-pass teacher.
     """
@@ -77,6 +79,7 @@ class SeedScores(_Record):
     joint: float
     frechet: float
     error_uncached: float | None = None
+    error_uncached_median: float | None = None
     jitter_uncached: float | None = None
     error_teacher: float | None = None
 

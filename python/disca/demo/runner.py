@@ -18,7 +18,13 @@ from disca.demo.methods import Method, default_methods, run_method
 from disca.demo.results import Results, Row, SeedScores, Timing, summarise
 from disca.demo.timing import measure_methods
 from disca.errors import UserError
-from disca.eval.scores import frechet_distance, jitter, relative_error, semantic_score
+from disca.eval.scores import (
+    frechet_distance,
+    jitter,
+    relative_error,
+    relative_errors,
+    semantic_score,
+)
 from disca.sample import resolve_full_steps
 from disca_kernels.env import collect
 
@@ -241,6 +247,7 @@ REAL_LABEL = "Real held-out clips"
 def _scores(
     seed: int, classifier: ClipClassifier, clips: Tensor, labels: Tensor, target: Tensor
 ) -> SeedScores:
+    clips = clips.clamp(-1, 1)  # as when a clip is shown or saved
     score = semantic_score(classifier, clips, labels)
     return SeedScores(
         seed=seed,
@@ -259,7 +266,9 @@ def _errors(
     x = samples[method.key]
     errors: dict[str, float | None] = {}
     if method.uncached is not None:
-        errors["error_uncached"] = relative_error(x, samples[method.uncached])
+        each = relative_errors(x, samples[method.uncached])
+        errors["error_uncached"] = each.mean().item()
+        errors["error_uncached_median"] = each.median().item()
         errors["jitter_uncached"] = jitter(x, samples[method.uncached])
     if method.key != reference:
         errors["error_teacher"] = relative_error(x, samples[reference])

@@ -17,7 +17,8 @@ HEADINGS = (
     "speed-up theory",
     "semantic %",
     "Fréchet",
-    "error vs. uncached",
+    "error vs. uncached (median)",
+    "error vs. uncached (mean)",
     "error vs. teacher",
     "cache KiB/clip",
 )
@@ -108,6 +109,7 @@ def _cells(row: Row) -> list[str]:
         _ABSENT if row.theoretical_speedup is None else f"{row.theoretical_speedup:.2f}",
         _score(row.summary.get("semantic"), scale=100, digits=1),
         _score(row.summary.get("frechet"), digits=2),
+        _score(row.summary.get("error_uncached_median"), digits=5),
         _score(row.summary.get("error_uncached"), digits=4),
         _score(row.summary.get("error_teacher"), digits=4),
         f"{row.cache_bytes / 1024:.1f}" if row.cache_bytes else _ABSENT,

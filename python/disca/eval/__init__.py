@@ -12,6 +12,7 @@ from disca.eval.scores import (
     psnr,
     real_scores,
     relative_error,
+    relative_errors,
     semantic_score,
     ssim,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "psnr",
     "real_scores",
     "relative_error",
+    "relative_errors",
     "semantic_score",
     "ssim",
     "train_classifier",

@@ -28,6 +28,7 @@ __all__ = [
     "psnr",
     "real_scores",
     "relative_error",
+    "relative_errors",
     "semantic_score",
     "ssim",
 ]
@@ -195,6 +196,17 @@ def relative_error(clips: Tensor, reference: Tensor) -> float:
     Raises:
         UserError: shapes differ, nothing to compare, values not finite, or a reference of zeros.
     """
+    return relative_errors(clips, reference).mean().item()
+
+
+def relative_errors(clips: Tensor, reference: Tensor) -> Tensor:
+    """‖a - b‖² / ‖b‖² of every clip, float64 ``[B]``; see `relative_error`.
+
+    The mean can hang on a few clips that went elsewhere altogether; the median tells of the rest.
+
+    Raises:
+        UserError: as `relative_error`.
+    """
     a, b = _pair(clips, reference)
     return _relative(a, b, "a reference clip is zero everywhere")
 
@@ -216,7 +228,7 @@ def jitter(clips: Tensor, reference: Tensor) -> float:
         raise UserError(
             f"jitter needs clips [B, C, F, H, W] with F >= 2, got shape {list(a.shape)}"
         )
-    return _relative(a.diff(dim=2), b.diff(dim=2), "a reference clip stands still")
+    return _relative(a.diff(dim=2), b.diff(dim=2), "a reference clip stands still").mean().item()
 
 
 def psnr(clips: Tensor, reference: Tensor) -> float:
@@ -307,12 +319,12 @@ def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
     return values.mean(0), torch.cov(values.T).reshape(width, width)
 
 
-def _relative(a: Tensor, b: Tensor, zero: str) -> float:
+def _relative(a: Tensor, b: Tensor, zero: str) -> Tensor:
     error = (a - b).double().flatten(1).square().sum(1)
     norm = b.double().flatten(1).square().sum(1)
     if (norm == 0).any():
         raise UserError(f"{zero}: an error relative to it is undefined")
-    return (error / norm).mean().item()
+    return error / norm
 
 
 def _pair(clips: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
