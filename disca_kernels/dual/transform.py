@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +15,11 @@ from torch.utils import _pytree as pytree
 
 from disca_kernels.dual.functions import interception
 from disca_kernels.dual.tensor import STATE, DualTensor, TangentError, make_dual, spend
+
+#: The pass for a process that uses torch.compile, made when one does: loading the compiler takes
+#: seconds. A graph would break at every rule, so the compiler is off around the pass, and modules
+#: compiled before run in eager mode inside.
+_BESIDE_THE_COMPILER: list[Callable[..., Any]] = []
 
 
 def jvp(func: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
@@ -60,8 +64,11 @@ def jvp(func: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any
             "dual.jvp was called inside another dual.jvp. It computes first derivatives only; "
             "use torch.func.jvp for nested ones."
         )
-    compiler_loaded = "torch._dynamo" in sys.modules
-    return (_beside_the_compiler() if compiler_loaded else _run)(func, primals, tangents)
+    if "torch._dynamo" not in sys.modules:
+        return _run(func, primals, tangents)
+    if not _BESIDE_THE_COMPILER:
+        _BESIDE_THE_COMPILER.append(torch.compiler.disable(_run_eagerly))  # type: ignore[no-untyped-call]
+    return _BESIDE_THE_COMPILER[0](func, primals, tangents)
 
 
 def _run(func: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
@@ -79,18 +86,9 @@ def _run(func: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[An
         spend(members)
 
 
-@functools.cache
-def _beside_the_compiler() -> Callable[..., Any]:
-    """The pass for a process that uses torch.compile, whose graphs would break at every rule.
-
-    Around the pass the compiler is off; modules compiled before run in eager mode inside.
-    """
-
-    def run(*args: Any) -> Any:
-        with torch.compiler.set_stance("force_eager"):
-            return _run(*args)
-
-    return torch.compiler.disable(run)  # type: ignore[no-untyped-call, no-any-return]
+def _run_eagerly(*args: Any) -> Any:
+    with torch.compiler.set_stance("force_eager"):
+        return _run(*args)
 
 
 def _value(leaf: Any) -> Any:
