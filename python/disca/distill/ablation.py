@@ -102,7 +102,7 @@ class _Row:
         if not values:
             return "failed"
         text = f"{statistics.fmean(values):{digits}}"
-        return f"{text} ± {statistics.stdev(values):.1g}" if len(values) > 1 else text
+        return f"{text} ± {statistics.stdev(values):.2g}" if len(values) > 1 else text
 
     @property
     def verdict(self) -> str:
