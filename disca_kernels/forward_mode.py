@@ -28,9 +28,14 @@ def opaque_to_compile(function: Callable[..., Any]) -> Callable[[], None]:
     Tracing drops the `jvp` of an autograd Function silently; what is put into the graph as it is
     keeps it. `torch.compiler.allow_in_graph` says so, but loading the compiler takes seconds, so
     the returned call does nothing except while a compiler is tracing the caller.
+
+    Raises (the returned call):
+        NotImplementedError: the compiler was called inside `forward_ad.dual_level`.
     """
 
-    def register() -> bool:
+    def register(in_forward_mode: bool) -> bool:
+        if in_forward_mode and not _forward_levels():
+            raise _refusal_to_compile()
         torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
         return True
 
@@ -39,9 +44,24 @@ def opaque_to_compile(function: Callable[..., Any]) -> Callable[[], None]:
 
     def prepare() -> None:
         if torch.compiler.is_compiling():
-            register()
+            # The compiler sees what is read here, so that code that was compiled outside forward
+            # mode is not reused inside.
+            register(active())
 
     return prepare
+
+
+def _refusal_to_compile() -> Exception:
+    """Make a NotImplementedError that the compiler reports instead of falling back quietly."""
+    from torch._dynamo.exc import TorchRuntimeError
+
+    class LostTangentError(TorchRuntimeError, NotImplementedError):
+        """Compiled code would drop a tangent."""
+
+    return LostTangentError(
+        "torch.compile inside forward_ad.dual_level: compiled code drops the tangents of its "
+        "inputs. Compile a function that contains the torch.func.jvp instead"
+    )
 
 
 def _jvp_levels(tensor: Tensor) -> set[int]:

@@ -341,6 +341,19 @@ def test_rejects_modulations_of_two_dtypes():
         adaln_modulate(x, shift.float(), scale)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_widens_a_narrow_modulation(backend):
+    x, shift, scale = AdalnModulateCase(2, 6, 40).operands(device=DEVICE).primals
+    narrow = shift.bfloat16(), scale.bfloat16()
+    wide = narrow[0].float(), narrow[1].float()
+    expected = adaln_modulate_jvp((x, *wide), (x, wide[0], None), backend=backend)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = adaln_modulate(x, *narrow, backend=backend)
+        pair = adaln_modulate_jvp((x, *narrow), (x, narrow[0], None), backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(pair, expected, strict=True))
+    assert torch.equal(y, expected[0])
+
+
 def test_rejects_devices_and_strangers():
     x, shift, scale = AdalnModulateCase(2, 3, 8).operands().primals
     with pytest.raises(ValueError, match=r"scale is on meta, x is on cpu"):

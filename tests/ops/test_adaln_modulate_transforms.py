@@ -14,7 +14,7 @@ from disca_kernels.ops.adaln_modulate.reference import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PRIMALS, TANGENTS, COTANGENT = AdalnModulateCase(2, 3, 16).operands(device=DEVICE)
+PRIMALS, TANGENTS, COTANGENT = AdalnModulateCase(2, 3, 8).operands(device=DEVICE)
 X, SHIFT, SCALE = PRIMALS
 
 
@@ -254,7 +254,7 @@ def test_compile_a_loss_with_a_tangent(compiled):
 
         return of
 
-    weight = torch.eye(16, device=DEVICE) + 0.1
+    weight = torch.eye(8, device=DEVICE) + 0.1
     actual, expected = weight.clone().requires_grad_(), weight.clone().requires_grad_()
     compile_whole(loss(op))(actual, X, TANGENTS[0]).backward()
     loss(adaln_modulate_reference)(expected, X, TANGENTS[0]).backward()
@@ -278,3 +278,22 @@ def test_compile_pair(compiled):
     expected = leaves()
     adaln_modulate_reference(*expected).backward(COTANGENT)
     close([t.grad for t in primals], [t.grad for t in expected])
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_code_inside_dual_level_is_refused(backend, fullgraph):
+    """Compiled code drops the tangents of its inputs; also when it was compiled before."""
+    torch._dynamo.reset()
+
+    @torch.compile(backend="aot_eager", fullgraph=fullgraph)
+    def function(x):
+        return adaln_modulate(x, SHIFT, SCALE, backend=backend)
+
+    close(function(X), adaln_modulate_reference(*PRIMALS))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(X, TANGENTS[0])
+        with pytest.raises(
+            NotImplementedError, match=r"torch\.compile inside forward_ad\.dual_level"
+        ):
+            function(dual)

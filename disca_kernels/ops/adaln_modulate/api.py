@@ -33,7 +33,8 @@ def adaln_modulate(
     Args:
         x: [B, N, C] tokens, float32, bfloat16, float16 or float64 (float64 only on eager).
         shift: [B, C] for one row per sample, or [B, N, C] for one row per token; the dtype of x
-            or float32. Nothing is broadcast: [B, 1, C] is accepted only if N is 1.
+            or float32; under `torch.autocast` any half precision, which is widened if x is float32.
+            Nothing is broadcast: [B, 1, C] is accepted only if N is 1.
         scale: shape and dtype of `shift`.
         eps: added to the variance.
         backend: "auto", "triton", "cuda", "cpu" or "eager"; see `disca_kernels.backend`.
@@ -51,6 +52,7 @@ def adaln_modulate(
             adaln_modulate, (x, shift, scale), x, shift, scale, eps=eps, backend=backend
         )
         return result
+    shift, scale = (_widen_in_autocast(t, x) for t in (shift, scale))
     _check_primals(x, shift, scale)
     return function.value(x, shift, scale, eps, resolve(_OP, backend, x, shift, scale))
 
@@ -93,10 +95,27 @@ def adaln_modulate_jvp(
             adaln_modulate_jvp, relevant, primals, tangents, eps=eps, backend=backend
         )
         return pair
+    x, shift, scale = primals
+    primals = (x, _widen_in_autocast(shift, x), _widen_in_autocast(scale, x))
     _check_primals(*primals)
+    if len(tangents) != 3:
+        raise ValueError(f"{_OP}_jvp: 3 tangents are needed, got {len(tangents)}")
+    x_dot, shift_dot, scale_dot = tangents
+    tangents = (x_dot, _widen_in_autocast(shift_dot, x), _widen_in_autocast(scale_dot, x))
     _check_tangents(primals, tangents)
     chosen = resolve(_OP, backend, *primals, *tangents)
     return function.value_and_tangent(primals, tangents, eps, chosen)
+
+
+def _widen_in_autocast(modulation: Any, x: Any) -> Any:
+    """Under autocast bring a narrow modulation, the output of a cast linear layer, to float32."""
+    if not (isinstance(modulation, Tensor) and isinstance(x, Tensor)):
+        return modulation
+    if x.dtype != torch.float32 or modulation.dtype not in (torch.bfloat16, torch.float16):
+        return modulation
+    device = x.device.type
+    in_autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return modulation.float() if in_autocast else modulation
 
 
 def _check_primals(x: Tensor, shift: Tensor, scale: Tensor) -> None:
@@ -135,8 +154,6 @@ def _check_primals(x: Tensor, shift: Tensor, scale: Tensor) -> None:
 
 def _check_tangents(primals: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...]) -> None:
     """Validate that each tangent is None or matches its primal."""
-    if len(tangents) != 3:
-        raise ValueError(f"{_OP}_jvp: 3 tangents are needed, got {len(tangents)}")
     for name, primal, tangent in zip(("x", "shift", "scale"), primals, tangents, strict=True):
         if tangent is None:
             continue

@@ -95,5 +95,13 @@ class AdalnModulateCase:
         return per_channel * self.n_channels
 
 
+def adaln_modulate_in_dtype(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Compute adaln_modulate as a DiT block writes it: three roundings in bfloat16, not one."""
+    if scale.ndim == 2:
+        shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
+    normal = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return (normal * (1 + scale) + shift).to(x.dtype)
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

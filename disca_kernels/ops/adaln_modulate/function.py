@@ -20,6 +20,8 @@ from disca_kernels.ops.adaln_modulate.reference import (
     adaln_modulate_jvp_reference,
     adaln_modulate_reference,
     adaln_modulate_vjp_reference,
+    compute_dtype,
+    tangent_of_normalised,
 )
 
 _NO_TANGENT_OF_PAIR = (
@@ -176,7 +178,10 @@ def _gradient(ctx: Any, dy: Tensor | None) -> Triple:
     if ctx.backend == Backend.EAGER:
         dx, dshift, dscale = adaln_modulate_vjp_reference(dy, x, scale, eps=ctx.eps)
     else:
-        dx, dshift, dscale = AdalnModulateGradientFunction.apply(  # type: ignore[no-untyped-call]
+        # The Function only adds errors to the operator: it is needed where they could be due.
+        differentiable = torch.is_grad_enabled() or forward_mode.active()
+        backward = AdalnModulateGradientFunction.apply if differentiable else _bwd
+        dx, dshift, dscale = backward(  # type: ignore[no-untyped-call]
             dy, x, scale, ctx.eps, ctx.backend, needs_x, needs_shift or needs_scale
         )
     return dx if needs_x else None, dshift if needs_shift else None, dscale if needs_scale else None
@@ -298,16 +303,28 @@ def value(x: Tensor, shift: Tensor, scale: Tensor, eps: float, backend: Backend)
     return _apply_function(x, shift, scale, eps, backend.value)
 
 
+def _eager_value_and_tangent(
+    primals: tuple[Tensor, Tensor, Tensor], tangents: Triple, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Compute (y, y_dot) from rows that are normalised once."""
+    x, shift, scale = primals
+    if scale.ndim == 2:
+        shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
+    wide = compute_dtype(x.dtype)
+    x_hat, _, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], None, None, eps)
+    y = x_hat * (1.0 + scale.to(wide)) + shift.to(wide)
+    with torch.no_grad():
+        y_dot = tangent_of_normalised(x_hat, rstd, scale, tangents)
+    return y.to(x.dtype), y_dot.to(x.dtype)
+
+
 def value_and_tangent(
     primals: tuple[Tensor, Tensor, Tensor], tangents: Triple, eps: float, backend: Backend
 ) -> tuple[Tensor, Tensor]:
     """Compute (y, y_dot) in one pass; autograd tracks y alone."""
     forward_mode.refuse_tangents(_NO_TANGENT_OF_PAIR, *primals, *tangents)
-    x, shift, scale = primals
     if backend is Backend.EAGER:
-        y = adaln_modulate_reference(x, shift, scale, eps=eps)
-        with torch.no_grad():
-            return y, adaln_modulate_jvp_reference(primals, tangents, eps=eps)[1]
+        return _eager_value_and_tangent(primals, tangents, eps)
     dots = (None if t is None else t.detach() for t in tangents)
     y, y_dot = AdalnModulateDualFunction.apply(  # type: ignore[no-untyped-call]
         *primals, *dots, eps, backend.value

@@ -41,7 +41,7 @@ def adaln_modulate_reference(
         [B, N, C] in the dtype of `x`.
     """
     wide = compute_dtype(x.dtype)
-    x_hat, _ = _normalise(x.to(wide), eps)
+    x_hat = torch.nn.functional.layer_norm(x.to(wide), x.shape[-1:], eps=eps)
     y = x_hat * (1.0 + _per_token(scale, wide)) + _per_token(shift, wide)
     return y.to(x.dtype)
 
@@ -68,22 +68,35 @@ def adaln_modulate_jvp_reference(
         `(y, y_dot)`, both [B, N, C] in the dtype of `x`.
     """
     x, shift, scale = primals
-    x_dot, shift_dot, scale_dot = tangents
     wide = compute_dtype(x.dtype)
     x_hat, rstd = _normalise(x.to(wide), eps)
-    gain = 1.0 + _per_token(scale, wide)
-    y = x_hat * gain + _per_token(shift, wide)
-    y_dot = torch.zeros_like(y)
+    y = x_hat * (1.0 + _per_token(scale, wide)) + _per_token(shift, wide)
+    return y.to(x.dtype), tangent_of_normalised(x_hat, rstd, scale, tangents).to(x.dtype)
+
+
+def tangent_of_normalised(
+    x_hat: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> Tensor:
+    """Compute y_dot from normalised rows [B, N, C] and their `rstd` [B, N, 1], in their dtype."""
+    x_dot, shift_dot, scale_dot = tangents
+    wide = x_hat.dtype
+    y_dot = None
     if x_dot is not None:
         wide_dot = x_dot.to(wide)
         mean_dot = wide_dot.mean(-1, keepdim=True)
         correlation = (x_hat * wide_dot).mean(-1, keepdim=True)
-        y_dot = y_dot + rstd * (wide_dot - mean_dot - x_hat * correlation) * gain
+        x_hat_dot = rstd * (wide_dot - mean_dot - x_hat * correlation)
+        y_dot = x_hat_dot * (1.0 + _per_token(scale, wide))
     if scale_dot is not None:
-        y_dot = y_dot + x_hat * _per_token(scale_dot, wide)
+        term = x_hat * _per_token(scale_dot, wide)
+        y_dot = term if y_dot is None else y_dot + term
     if shift_dot is not None:
-        y_dot = y_dot + _per_token(shift_dot, wide)
-    return y.to(x.dtype), y_dot.to(x.dtype)
+        term = _per_token(shift_dot, wide).expand_as(x_hat)
+        y_dot = term if y_dot is None else y_dot + term
+    return torch.zeros_like(x_hat) if y_dot is None else y_dot
 
 
 def adaln_modulate_vjp_reference(
