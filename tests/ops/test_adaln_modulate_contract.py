@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What adaln_modulate accepts, what it refuses and what it says."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from disca_kernels import (
+    BackendError,
+    _ext,
+    adaln_modulate,
+    adaln_modulate_jvp,
+    use_backend,
+    why_not,
+)
+from disca_kernels.ops.adaln_modulate.cases import AdalnModulateCase
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _runs(backend: str) -> pytest.MarkDecorator:
+    reasons = why_not("adaln_modulate", backend, torch.empty(1, 1, 1, device=DEVICE))
+    return pytest.mark.skipif(bool(reasons), reason="; ".join(reasons))
+
+
+BACKENDS = [pytest.param(b, marks=_runs(b)) for b in ("eager", "triton", "cpu", "cuda")]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 8), (2, 8), (2, 8)), r"x must be \[B, N, C\], got \[2, 8\]"),
+        (((2, 3, 0), (2, 0), (2, 0)), r"at least one channel, got \[2, 3, 0\]"),
+        (((2, 3, 8), (2, 7), (2, 8)), r"shift must be \[B, C\] = \[2, 8\].*got \[2, 7\]"),
+        (((2, 3, 8), (2, 8), (1, 8)), r"scale must be .*for x \[2, 3, 8\], got \[1, 8\]"),
+        (((2, 3, 8), (2, 1, 8), (2, 1, 8)), r"got \[2, 1, 8\]; nothing is broadcast"),
+        (((2, 3, 8), (8,), (8,)), r"got \[8\]; nothing is broadcast"),
+        (
+            ((2, 3, 8), (2, 3, 8), (2, 8)),
+            r"must be alike, got shift .*\[2, 3, 8\] and scale .*\[2, 8\]",
+        ),
+        (((3, 3, 3), (3, 3), (3, 3, 3)), "shift and scale must be alike"),
+    ],
+)
+def test_rejects_shapes(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        adaln_modulate(*(torch.zeros(s) for s in shapes))
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "message"),
+    [
+        ((torch.int32, torch.float32, torch.float32), r"x must be one of .*, got torch\.int32"),
+        (
+            (torch.float32, torch.bfloat16, torch.bfloat16),
+            r"shift must have the dtype of x \(torch\.float32\) .*, got torch\.bfloat16",
+        ),
+        (
+            (torch.bfloat16, torch.bfloat16, torch.float16),
+            r"scale must have the dtype of x \(torch\.bfloat16\)",
+        ),
+    ],
+)
+def test_rejects_dtypes(dtypes, message):
+    shapes = ((2, 3, 8), (2, 8), (2, 8))
+    with pytest.raises(TypeError, match=message):
+        adaln_modulate(*(torch.zeros(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True)))
+
+
+def test_rejects_modulations_of_two_dtypes():
+    x, shift, scale = AdalnModulateCase(2, 3, 8, torch.bfloat16).operands().primals
+    with pytest.raises(
+        ValueError, match=r"alike, got shift torch\.float32 .* scale torch\.bfloat16"
+    ):
+        adaln_modulate(x, shift.float(), scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_widens_a_narrow_modulation(backend):
+    x, shift, scale = AdalnModulateCase(2, 6, 40).operands(device=DEVICE).primals
+    narrow = shift.bfloat16(), scale.bfloat16()
+    wide = narrow[0].float(), narrow[1].float()
+    expected = adaln_modulate_jvp((x, *wide), (x, wide[0], None), backend=backend)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = adaln_modulate(x, *narrow, backend=backend)
+        pair = adaln_modulate_jvp((x, *narrow), (x, narrow[0], None), backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(pair, expected, strict=True))
+    assert torch.equal(y, expected[0])
+
+
+def test_rejects_devices_and_strangers():
+    x, shift, scale = AdalnModulateCase(2, 3, 8).operands().primals
+    with pytest.raises(ValueError, match=r"scale is on meta, x is on cpu"):
+        adaln_modulate(x, shift, scale.to("meta"))
+    with pytest.raises(TypeError, match="shift must be a tensor, got float"):
+        adaln_modulate(x, 1.0, scale)
+
+
+def test_rejects_tangents():
+    primals, tangents, _ = AdalnModulateCase(2, 3, 8).operands()
+    with pytest.raises(
+        ValueError, match=r"scale_dot must match scale \[2, 8\] on cpu, got \[2, 7\]"
+    ):
+        adaln_modulate_jvp(primals, (*tangents[:2], tangents[2][:, 1:]))
+    with pytest.raises(TypeError, match=r"x_dot must have the dtype of x, torch\.float32"):
+        adaln_modulate_jvp(primals, (tangents[0].double(), None, None))
+    with pytest.raises(ValueError, match="3 tangents are needed, got 2"):
+        adaln_modulate_jvp(primals, tangents[:2])
+
+
+def test_rejects_backends():
+    x, shift, scale = AdalnModulateCase(1, 1, 8200).operands().primals
+    wide = [t.double() for t in (x, shift, scale)]
+    for backend in ("triton", "cuda", "cpu"):
+        with pytest.raises(
+            BackendError, match=f"adaln_modulate: backend='{backend}' was requested"
+        ):
+            adaln_modulate(*wide, backend=backend)
+    assert adaln_modulate(*wide).dtype == torch.float64
+    reasons = why_not("adaln_modulate", "triton", x, shift, scale)
+    assert "at most 8192 channels fit the registers that share a row, got 8200" in reasons
+    with pytest.raises(ValueError, match="got 'tritno'"):
+        adaln_modulate(x, shift, scale, backend="tritno")
+    with use_backend("eager"):
+        assert math.isfinite(adaln_modulate(x, shift, scale).sum().item())
+
+
+class Recorder(Tensor):
+    """Records which public functions were offered to it."""
+
+    calls: list = []  # noqa: RUF012 (a class-level record is what the test reads)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.calls.append((func, kwargs))
+        return "handled"
+
+
+def test_can_be_overridden_by_a_tensor_type():
+    x, shift, scale = AdalnModulateCase(2, 3, 8).operands().primals
+    Recorder.calls.clear()
+    special = torch.ones(2, 8).as_subclass(Recorder)
+    assert adaln_modulate(x, shift, special, eps=1e-3) == "handled"
+    assert adaln_modulate_jvp((x, shift, scale), (None, special, None)) == "handled"
+    (first, kwargs), (second, _) = Recorder.calls
+    assert (first, second) == (adaln_modulate, adaln_modulate_jvp)
+    assert kwargs == {"eps": 1e-3, "backend": "auto"}
+
+
+ROWS = (64, 8, 8)
+NATIVE = {
+    **{"shape": (1, 2, 8, False), "eps": 1e-6, "dtypes": ("float32", "float32")},
+    **{"x": ROWS, "shift": ROWS, "scale": ROWS, "y": 64, "threads": 1},
+}
+
+
+@pytest.mark.skipif(_ext.why_not() is not None, reason="disca_kernels._C was not built")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": (0, 8, 8)}, "x has address 0 for 1 x 2 rows"),
+        ({"scale": (0, 8, 8)}, "scale has address 0 for 1 x 2 rows"),
+        ({"y": 0}, "y has address 0 for 1 x 2 rows"),
+        ({"shape": (1, -2, 8, False)}, r"shape must be .*got \[1, -2, 8\]"),
+        ({"shape": (1, 2, 0, False)}, r"C > 0\], got \[1, 2, 0\]"),
+        ({"dtypes": ("int8", "int8")}, "got int8"),
+        (
+            {"dtypes": ("bfloat16", "float16")},
+            "modulation dtype must be bfloat16 or float32, got float16",
+        ),
+    ],
+)
+def test_native_code_checks_what_it_would_read(change, message):
+    with pytest.raises(ValueError, match=message):
+        _ext.load().adaln_modulate_fwd_cpu(**(NATIVE | change))
+
+
+@pytest.mark.skipif(_ext.why_not() is not None, reason="disca_kernels._C was not built")
+def test_native_gradients_of_a_modulation_come_together():
+    operands = {k: v for k, v in NATIVE.items() if k not in ("shift", "y")} | {"dy": ROWS}
+    with pytest.raises(ValueError, match="come together, got addresses 64 and 0"):
+        _ext.load().adaln_modulate_bwd_cpu(**operands, dx=0, dshift=64, dscale=0)
