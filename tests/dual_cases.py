@@ -44,7 +44,6 @@ PICK = torch.tensor([2, 0])
 MASK = torch.tensor([[True, False, True, True]])
 
 
-
 def same(names: tuple[str, ...], cases: list[Any]) -> dict[str, list[Any]]:
     """The same cases for several names."""
     return dict.fromkeys(names, cases)
