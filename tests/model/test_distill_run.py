@@ -46,7 +46,7 @@ def tiny(**stages: Any) -> RunConfig:
     }
     changes["stages"]["classifier"] = {"steps": 2, "batch": 4}
     for name in ("predictor", "predictor_residual"):
-        changes["stages"][name]["mse_steps"] = 1
+        changes["stages"][name] |= {"mse_steps": 1, "trajectories": 8}
     for name, values in stages.items():
         changes["stages"][name] |= values
     return load_config("digits", changes=changes)
@@ -101,6 +101,27 @@ def test_finished_stages_are_skipped(copy: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in copy.rglob("*.safetensors")}
     train(tiny(), copy, progress=False)
     assert {p: p.stat().st_mtime_ns for p in copy.rglob("*.safetensors")} == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_damaged_weights_are_not_called_finished(copy: Path, damage: str) -> None:
+    weights = copy / "rmeanflow" / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-8])
+    else:
+        weights.unlink()
+    with pytest.raises(UserError, match=r"rmeanflow.*delete .*to train it anew"):
+        train(tiny(), copy, progress=False)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_device_that_is_not_there_is_refused_before_anything_is_written(
+    tmp_path: Path, device: str
+) -> None:
+    config = tiny().model_copy(update={"device": device})
+    with pytest.raises(UserError, match=f"device '{device}' cannot be used here"):
+        train(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_stage_that_starts_from_another_is_trained_anew_when_removed(copy: Path) -> None:
@@ -202,7 +223,7 @@ def test_damaged_weights_upstream_are_named(copy: Path) -> None:
     shutil.rmtree(copy / "cfg")
     path = copy / "teacher" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"teacher/model\.safetensors: not a whole"):
+    with pytest.raises(UserError, match=r"teacher/model\.safetensors is missing or not what"):
         train(tiny(), copy, progress=False)
 
 

@@ -9,6 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from disca_kernels.backend import Backend, limit, resolve
 from disca_kernels.ops.adaln_modulate import function
+from disca_kernels.validation import check_eps, check_operands, check_tangents
 
 _OP = "adaln_modulate"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -54,6 +55,7 @@ def adaln_modulate(
         return result
     shift, scale = (_widen_in_autocast(t, x) for t in (shift, scale))
     _check_primals(x, shift, scale)
+    check_eps(_OP, eps)
     return function.value(x, shift, scale, eps, resolve(_OP, backend, x, shift, scale))
 
 
@@ -89,6 +91,7 @@ def adaln_modulate_jvp(
         BackendError: the backend that was asked for cannot run this call.
         NotImplementedError: an operand carries a tangent of forward-mode AD itself.
     """
+    check_operands(_OP, "x, shift, scale", primals, tangents)
     relevant: tuple[Any, ...] = (*primals, *tangents)
     if has_torch_function(relevant):
         pair: tuple[Tensor, Tensor] = handle_torch_function(
@@ -98,11 +101,10 @@ def adaln_modulate_jvp(
     x, shift, scale = primals
     primals = (x, _widen_in_autocast(shift, x), _widen_in_autocast(scale, x))
     _check_primals(*primals)
-    if len(tangents) != 3:
-        raise ValueError(f"{_OP}_jvp: 3 tangents are needed, got {len(tangents)}")
+    check_eps(_OP, eps)
     x_dot, shift_dot, scale_dot = tangents
     tangents = (x_dot, _widen_in_autocast(shift_dot, x), _widen_in_autocast(scale_dot, x))
-    _check_tangents(primals, tangents)
+    check_tangents(_OP, ("x", "shift", "scale"), primals, tangents)
     chosen = resolve(_OP, backend, *primals, *tangents)
     return function.value_and_tangent(primals, tangents, eps, chosen)
 
@@ -150,23 +152,6 @@ def _check_primals(x: Tensor, shift: Tensor, scale: Tensor) -> None:
             f"{_OP}: shift and scale must be alike, got shift {shift.dtype} {list(shift.shape)} "
             f"and scale {scale.dtype} {list(scale.shape)}"
         )
-
-
-def _check_tangents(primals: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...]) -> None:
-    """Validate that each tangent is None or matches its primal."""
-    for name, primal, tangent in zip(("x", "shift", "scale"), primals, tangents, strict=True):
-        if tangent is None:
-            continue
-        if tangent.shape != primal.shape or tangent.device != primal.device:
-            raise ValueError(
-                f"{_OP}_jvp: {name}_dot must match {name} {list(primal.shape)} on {primal.device}, "
-                f"got {list(tangent.shape)} on {tangent.device}"
-            )
-        if tangent.dtype != primal.dtype:
-            raise TypeError(
-                f"{_OP}_jvp: {name}_dot must have the dtype of {name}, {primal.dtype}, "
-                f"got {tangent.dtype}"
-            )
 
 
 @limit(_OP, Backend.TRITON)

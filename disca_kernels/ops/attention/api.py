@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from disca_kernels.backend import Backend, limit, resolve
 from disca_kernels.ops.attention import function
 from disca_kernels.ops.attention.reference import resolve_scale
+from disca_kernels.validation import check_operands, check_tangents
 
 _OP = "attention"
 _NAMES = ("q", "k", "v")
@@ -114,6 +115,7 @@ def attention_jvp(
         BackendError: the backend that was asked for cannot run this call.
         NotImplementedError: an operand carries a tangent of forward-mode AD itself.
     """
+    check_operands(_OP, "q, k, v", primals, tangents)
     relevant: tuple[Any, ...] = (*primals, *tangents)
     if has_torch_function(relevant):
         pair: tuple[Tensor, Tensor] = handle_torch_function(
@@ -123,7 +125,7 @@ def attention_jvp(
         return pair
     primals, tangents = _autocast(*primals), _autocast(*tangents)
     _check_primals(primals, kv_lengths)
-    _check_tangents(primals, tangents)
+    check_tangents(_OP, _NAMES, primals, tangents)
     chosen = resolve(_OP, backend, *primals, *tangents, kv_lengths)
     scale = resolve_scale(scale, primals[0].shape[-1])
     return function.value_and_tangent(primals, tangents, kv_lengths, bool(causal), scale, chosen)
@@ -197,22 +199,3 @@ def _check_lengths(kv_lengths: Tensor, q: Tensor, n_keys: int) -> None:
     low, high = (int(x) for x in kv_lengths.aminmax())
     if low < 0 or high > n_keys:
         raise ValueError(f"{_OP}: kv_lengths must be in 0 .. {n_keys}, got {low} .. {high}")
-
-
-def _check_tangents(primals: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...]) -> None:
-    """Validate that each tangent is None or matches its primal."""
-    if len(tangents) != 3:
-        raise ValueError(f"{_OP}_jvp: 3 tangents are needed, got {len(tangents)}")
-    for name, primal, tangent in zip(_NAMES, primals, tangents, strict=True):
-        if tangent is None:
-            continue
-        if tangent.shape != primal.shape or tangent.device != primal.device:
-            raise ValueError(
-                f"{_OP}_jvp: {name}_dot must match {name} {list(primal.shape)} on {primal.device}, "
-                f"got {list(tangent.shape)} on {tangent.device}"
-            )
-        if tangent.dtype != primal.dtype:
-            raise TypeError(
-                f"{_OP}_jvp: {name}_dot must have the dtype of {name}, {primal.dtype}, "
-                f"got {tangent.dtype}"
-            )

@@ -92,6 +92,7 @@ def train(
         if name not in checked.stages:
             raise UserError(f"no stage {name!r} in this run; stages: {', '.join(checked.stages)}")
     folder = Path(out)
+    _check_device(checked.device)
     torch.set_num_threads(checked.threads)
     source = build_source(checked.data)
     run = _Run(checked, folder, source, base_config(checked, source), progress)
@@ -101,6 +102,17 @@ def train(
                 run.stage(name)
                 write_config(folder, checked)
     return folder
+
+
+def _check_device(name: str) -> None:
+    """Raise UserError unless tensors can be put on the device."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"device {name!r} cannot be used here ({reason}); cpu always can"
+        ) from error
 
 
 @contextmanager
@@ -142,7 +154,14 @@ class _Run:
         identity = self._identity(name)
         done = folder / _DONE
         if done.is_file():
-            require_same_config(ckpt.read_json(done).get("config", {}), identity, done)
+            record = ckpt.read_json(done)
+            require_same_config(record.get("config", {}), identity, done)
+            weights = folder / MODEL_FILE
+            if not weights.is_file() or ckpt.file_digest(weights) != record.get("weights"):
+                raise UserError(
+                    f"{weights} is missing or not what the stage wrote; delete {folder} to train "
+                    f"it anew"
+                )
             return
         folder.mkdir(exist_ok=True)
         if isinstance(settings, ClassifierStage):
