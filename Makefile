@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo · make test · make bench · make lint: each sets up .venv first, which costs nothing
-# when it is up to date. Needs python 3.11 or newer and a C++17 compiler; nvcc is used if found.
+# when it is up to date. Needs python 3.10 or newer and a C++17 compiler; nvcc is used if found.
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTHON ?= $(or $(shell for p in python3 python3.12 python3.11 python3.13; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; \
+PYTHON ?= $(or $(shell for p in python3 python3.12 python3.11 python3.13 python3.10; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; \
 	done),python3)
 BUILD_TOOLS := setuptools wheel pybind11 cmake ninja
 # Two workers, because the suite is written for two cores.
@@ -20,8 +20,8 @@ install: $(STAMP)
 
 # The directories of csrc are prerequisites too: their time changes when a file comes or goes.
 $(STAMP): Makefile pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "disca-kernels needs python 3.11 or newer; set PYTHON=/path/to/it"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "disca-kernels needs python 3.10 or newer; set PYTHON=/path/to/it"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(BUILD_TOOLS) torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from enum import StrEnum
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -21,14 +21,17 @@ from disca_kernels import _ext
 ENVIRONMENT_VARIABLE = "DISCA_BACKEND"
 
 
-class Backend(StrEnum):
-    """Names of the implementations that an operation may have."""
+class Backend(str, Enum):
+    """Names of the implementations that an operation may have; str() gives the value."""
 
     AUTO = "auto"
     TRITON = "triton"
     CUDA = "cuda"
     CPU = "cpu"
     EAGER = "eager"
+
+    __str__ = str.__str__
+    __format__ = str.__format__
 
 
 class BackendError(RuntimeError):

@@ -70,7 +70,7 @@ def cpu_build(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 def python(code: str, site: Path) -> str:
     """Run code that sees the installed packages and not the checkout."""
     result = subprocess.run(
-        [sys.executable, "-P", "-c", code],
+        [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(site)},
         cwd=site,
         capture_output=True,

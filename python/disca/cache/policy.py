@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 from disca.errors import UserError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["CacheReport", "Decision", "OneTensorCache", "Policy"]
 
 
-class Decision(StrEnum):
+class Decision(str, Enum):
     """What a policy wants of one step."""
 
     COMPUTE = "compute"

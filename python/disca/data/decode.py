@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from disca.errors import UserError
+from disca.files import file_digest
 
 __all__ = ["VIDEO_SUFFIXES", "DecodedVideo", "decode_video", "list_videos", "shots"]
 
@@ -110,8 +110,7 @@ def shots(frames: Tensor, threshold: float | None) -> list[tuple[int, int]]:
 @lru_cache(maxsize=256)
 def _decode(path: Path, mtime_ns: int, length: int, size: int, channels: int) -> DecodedVideo:
     """`decode_video` behind a cache; time and length are there only to notice a changed file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_digest(path)
     frames: list[Tensor] = []
     try:
         with av.open(str(path)) as container:

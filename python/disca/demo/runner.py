@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +157,7 @@ def evaluate(
     base = (flops[rows[0].key], seconds[rows[0].key])
     at_once = min(settings.batch, settings.clips)
     results = Results(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=environment["versions"],
         machine=environment["machine"],
         settings={**asdict(settings), "seeds": list(settings.seeds), **suite.sampling.model_dump()},

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from disca.errors import UserError
+from disca.files import file_digest
 
 __all__ = [
     "Checkpoint",
@@ -70,12 +71,6 @@ def differing_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
             lines += differing_fields(old.get(key, "absent"), new.get(key, "absent"), path)
         return lines
     return [] if _canonical(old) == _canonical(new) else [f"{prefix}: {old} -> {new}"]
-
-
-def file_digest(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _commit(temporary: Path, path: Path) -> None:
