@@ -30,8 +30,9 @@ class Backend(str, Enum):
     CPU = "cpu"
     EAGER = "eager"
 
-    __str__ = str.__str__
-    __format__ = str.__format__
+    def __str__(self) -> str:
+        """Return the value, also where Python before 3.11 would name the member."""
+        return str(self.value)
 
 
 class BackendError(RuntimeError):

@@ -15,12 +15,15 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
     """Round float32 to the nearest bfloat16, ties to even, as raw 16-bit integers."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+    raw: np.ndarray = np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+    return raw
 
 
 def _from_bfloat16(raw: np.ndarray) -> np.ndarray:
     """Widen raw 16-bit integers to the float32 of the same value."""
-    return (np.ascontiguousarray(raw).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    bits = np.ascontiguousarray(raw).astype(np.uint32) << np.uint32(16)
+    values: np.ndarray = bits.view(np.float32)
+    return values
 
 
 def repair_bfloat16() -> None:
