@@ -8,7 +8,7 @@ first call that needs them, so an unusable backend never breaks an import.
 from disca_kernels._version import __version__
 from disca_kernels.backend import Backend, BackendError, resolve, use_backend, why_not
 from disca_kernels.ops.adaln_modulate import adaln_modulate, adaln_modulate_jvp
-from disca_kernels.ops.attention import attention, attention_jvp
+from disca_kernels.ops.attention import attention, attention_jvp, attention_tangent
 from disca_kernels.ops.timestep_features import timestep_features, timestep_features_jvp
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "adaln_modulate_jvp",
     "attention",
     "attention_jvp",
+    "attention_tangent",
     "resolve",
     "timestep_features",
     "timestep_features_jvp",

@@ -10,21 +10,24 @@ from torch import Tensor
 def fold(size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """Fold the mapped dimension of each tensor into its batch: [V, B, ...] to [V * B, ...].
 
-    An unmapped tensor is repeated; a copy is made only where strides cannot express that. What is
-    not a tensor passes through.
+    An unmapped tensor is repeated; a copy is made only where strides cannot express that. A list of
+    tensors is folded one by one. What is not a tensor passes through.
 
     Args:
         size: V, the size of the mapped dimension.
         in_dims: for each argument the mapped dimension, or None.
         args: the arguments, each tensor with the batch as its first unmapped dimension.
     """
-    folded = []
+    folded: list[Any] = []
     for argument, dim in zip(args, in_dims, strict=True):
         if isinstance(argument, Tensor):
             mapped = argument.expand(size, *argument.shape)
             if dim is not None:
                 mapped = argument.movedim(dim, 0)
             folded.append(mapped.flatten(0, 1))
+        elif isinstance(argument, (list, tuple)):
+            dims = [None] * len(argument) if dim is None else dim
+            folded.append(fold(size, dims, argument))
         else:
             folded.append(argument)
     return folded

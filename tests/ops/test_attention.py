@@ -1,51 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention: value, gradients and tangent on every backend that this machine can run."""
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
-from disca_kernels import BackendError, attention, attention_jvp
+from disca_kernels import attention, attention_jvp
 from disca_kernels.ops.attention.cases import AttentionCase, Operands, attention_in_dtype
 from disca_kernels.ops.attention.reference import attention_jvp_reference, attention_reference
 from disca_kernels.testing import assert_within_budget
+from tests.ops.attention_calls import (
+    BACKENDS,
+    CASES,
+    DEVICE,
+    double,
+    options,
+    small,
+    tangents_by,
+)
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["eager", "triton"]
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-CASES = [
-    AttentionCase(2, 3, 13, 17, 8),
-    AttentionCase(3, 5, 1, 70, 16),
-    AttentionCase(2, 2, 70, 150, 24),
-    AttentionCase(2, 1, 37, 70, 33, lengths=(0, 41)),
-    AttentionCase(1, 2, 70, 37, 16, causal=True),
-    AttentionCase(2, 1, 37, 70, 80, causal=True, lengths=(3, 70)),
-    AttentionCase(1, 1, 20, 40, 256),
-    AttentionCase(2, 2, 70, 150, 24, F16),
-    AttentionCase(2, 1, 37, 70, 80, F16, causal=True, lengths=(0, 70)),
-    AttentionCase(2, 2, 70, 150, 24, BF16),
-    AttentionCase(2, 1, 70, 37, 64, BF16, causal=True, lengths=(0, 20)),
-    AttentionCase(1, 1, 20, 40, 256, BF16),
-]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 backends = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def options(case: AttentionCase, operands: Operands) -> dict[str, object]:
-    return {"kv_lengths": operands.kv_lengths, "causal": case.causal}
-
-
-def double(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x.double() for x in tensors)
-
-
-def small(dtype: torch.dtype = F32) -> tuple[Operands, dict[str, object]]:
-    case = AttentionCase(2, 2, 5, 7, 8, dtype, lengths=(0, 6))
-    operands = case.operands(device=DEVICE)
-    return operands, options(case, operands)
 
 
 @backends
@@ -77,7 +54,7 @@ def test_backward(case: AttentionCase, backend: str) -> None:
         assert_within_budget(a, r, e, name=f"attention d{name}")
 
 
-@pytest.mark.parametrize("way", ["pair", "func.jvp"])
+@pytest.mark.parametrize("way", ["pair", "func.jvp", "over a value"])
 @backends
 @cases
 def test_jvp(case: AttentionCase, backend: str, way: str) -> None:
@@ -87,10 +64,7 @@ def test_jvp(case: AttentionCase, backend: str, way: str) -> None:
     wide = double(primals), double(tangents)
     expected = jvp(lambda *x: attention_reference(*x, **kwargs), *wide)
     eager = jvp(lambda *x: attention_in_dtype(*x, **kwargs), primals, tangents)
-    if way == "pair":
-        actual = attention_jvp(primals, tangents, **kwargs, backend=backend)
-    else:
-        actual = jvp(lambda *x: attention(*x, **kwargs, backend=backend), primals, tangents)
+    actual = tangents_by(way, operands, **kwargs, backend=backend)
     for name, a, r, e in zip(("o", "o_dot"), actual, expected, eager, strict=True):
         assert_within_budget(a, r, e, name=f"attention {name}")
 
@@ -100,6 +74,7 @@ def test_jvp(case: AttentionCase, backend: str, way: str) -> None:
     [
         AttentionCase(2, 2, 5, 7, 4, torch.float64, lengths=(0, 6)),
         AttentionCase(2, 1, 6, 4, 4, torch.float64, causal=True),
+        AttentionCase(2, 4, 6, 9, 4, torch.float64, key_heads=2, block_causal=2),
     ],
     ids=str,
 )
@@ -186,20 +161,6 @@ def test_empty(shape: tuple[int, int, int, int], backend: str) -> None:
 
 
 @backends
-def test_keys_beyond_the_length_have_no_influence(backend: str) -> None:
-    case = AttentionCase(2, 2, 37, 70, 16, lengths=(1, 40))
-    operands = case.operands(device=DEVICE)
-    kwargs = {**options(case, operands), "backend": backend}
-    other = tuple(x.clone() for x in (*operands.primals[1:], *operands.tangents[1:]))
-    for x in other:
-        x[0, :, 1:], x[1, :, 40:] = 1e3, -1e3
-    q, q_dot = operands.primals[0], operands.tangents[0]
-    first = attention_jvp(operands.primals, operands.tangents, **kwargs)
-    second = attention_jvp((q, *other[:2]), (q_dot, *other[2:]), **kwargs)
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-
-
-@backends
 def test_noncontiguous(backend: str) -> None:
     """A strided last dimension, an expanded batch, tangents laid out unlike their primals."""
     generator = torch.Generator().manual_seed(1)
@@ -250,16 +211,14 @@ def relative_error(o_dot: Tensor, primals: tuple[Tensor, ...], dots: tuple[Tenso
     return ((o_dot.double() - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("way", ["pair", "func.jvp"])
+@pytest.mark.parametrize("way", ["pair", "func.jvp", "over a value"])
 @backends
 def test_a_common_drift_does_not_hurt_the_tangent(backend: str, way: str) -> None:
     errors = []
     for drift in (0.0, 4.0, 16.0, 64.0):
         primals, dots = drifting(drift)
-        if way == "pair":
-            o_dot = attention_jvp(primals, dots, backend=backend)[1]
-        else:
-            o_dot = jvp(lambda *x: attention(*x, backend=backend), primals, dots)[1]
+        operands = Operands(primals, dots, primals[0], None)
+        o_dot = tangents_by(way, operands, backend=backend)[1]
         errors.append(relative_error(o_dot, primals, dots))
     assert errors[0] < 4e-3, errors
     assert max(errors) < 1.5 * errors[0], errors
@@ -305,10 +264,11 @@ def test_the_tangent_has_no_graph_and_the_value_has_one(backend: str) -> None:
 
 def test_backends_agree() -> None:
     operands, kwargs = small()
-    one, other = (
+    one, *others = (
         attention_jvp(operands.primals, operands.tangents, **kwargs, backend=b) for b in BACKENDS
     )
-    torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6)
+    for other in others:
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6)
 
 
 def test_short_sequences_with_gradient_agree_with_long_ones(monkeypatch) -> None:
@@ -324,58 +284,3 @@ def test_short_sequences_with_gradient_agree_with_long_ones(monkeypatch) -> None
     short = both()
     monkeypatch.setattr("disca_kernels.ops.attention.eager._MATMUL_LIMIT", 0)
     torch.testing.assert_close(both(), short, rtol=2e-5, atol=2e-6)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"q": torch.zeros(2, 5, 8)}, ValueError, r"must be \[B, H, N, D\]"),
-        ({"q": torch.zeros(2, 2, 5, 9)}, ValueError, "same D"),
-        ({"v": torch.zeros(2, 2, 6, 8)}, ValueError, "k and v both"),
-        ({"q": torch.zeros(2, 4, 5, 8)}, ValueError, "repeat_interleave"),
-        ({"q": torch.zeros(2, 2, 5, 8, dtype=F16)}, TypeError, "one dtype"),
-        ({"q": torch.zeros(2, 2, 5, 8, dtype=torch.int32)}, TypeError, "must be one of"),
-        ({"q": torch.zeros(2, 2, 5, 8, device="meta")}, ValueError, "one device"),
-        ({"q": 3}, TypeError, "must be a tensor"),
-        ({"kv_lengths": torch.tensor([1, 8])}, ValueError, r"in 0 \.\. 7, got 1 \.\. 8"),
-        ({"kv_lengths": torch.tensor([-1, 7])}, ValueError, r"got -1 \.\. 7"),
-        ({"kv_lengths": torch.tensor([7])}, ValueError, r"must be \[B\]"),
-        ({"kv_lengths": torch.tensor([1.0, 2.0])}, TypeError, "integers"),
-        ({"kv_lengths": [1, 2]}, TypeError, "integers"),
-        ({"kv_lengths": torch.tensor([1, 2], device="meta")}, ValueError, "kv_lengths is on"),
-        ({"backend": "cuda"}, BackendError, "no cuda implementation"),
-        ({"backend": "fast"}, ValueError, "must be one of"),
-    ],
-)
-def test_rejects(change: dict[str, object], error: type[Exception], message: str) -> None:
-    arguments = dict(zip("qkv", AttentionCase(2, 2, 5, 7, 8).operands().primals, strict=True))
-    with pytest.raises(error, match=message):
-        attention(**{**arguments, **change})
-
-
-@pytest.mark.parametrize(
-    ("tangents", "error", "message"),
-    [
-        ((None, None), ValueError, "3 tangents"),
-        ((torch.zeros(2, 2, 5, 9), None, None), ValueError, "q_dot must match q"),
-        ((None, None, torch.zeros(2, 2, 7, 8, dtype=F16)), TypeError, "v_dot must have the dtype"),
-    ],
-)
-def test_rejects_tangents(tangents, error: type[Exception], message: str) -> None:
-    primals = AttentionCase(2, 2, 5, 7, 8).operands().primals
-    with pytest.raises(error, match=message):
-        attention_jvp(primals, tangents)
-
-
-def test_triton_says_which_head_dimensions_it_has() -> None:
-    primals = AttentionCase(1, 1, 2, 2, 257).operands(device=DEVICE).primals
-    with pytest.raises(BackendError, match=r"257 is above 256.*'eager'"):
-        attention(*primals, backend="triton")
-    assert attention(*primals).shape == (1, 1, 2, 257)
-
-
-def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch) -> None:
-    monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "0")
-    primals = AttentionCase(1, 1, 2, 2, 8).operands().primals
-    with pytest.raises(BackendError, match="needs CUDA tensors"):
-        attention(*primals, backend="triton")

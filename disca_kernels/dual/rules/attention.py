@@ -17,10 +17,15 @@ from disca_kernels.ops.timestep_features import timestep_features, timestep_feat
 
 
 @rule(attention, fused=True)
-def _attention(q: Any, k: Any, v: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    return attention_jvp(
-        (split(q)[0], split(k)[0], split(v)[0]), (tangent(q), tangent(k), tangent(v)), **options
-    )
+def _attention(q: Any, k: Any, v: Any, *, primal: str = "own", **options: Any) -> Any:
+    if primal != "own":
+        raise TangentError(
+            f"attention with primal={primal!r} inside dual.jvp: value and tangent come from one "
+            "kernel there. Leave primal out, or use torch.func.jvp."
+        )
+    primals, dots = (split(q)[0], split(k)[0], split(v)[0]), (tangent(q), tangent(k), tangent(v))
+    o, o_dot, *rest = attention_jvp(primals, dots, **options)
+    return ((o, rest[0]), (o_dot, rest[1])) if rest else (o, o_dot)
 
 
 @rule(adaln_modulate, fused=True)

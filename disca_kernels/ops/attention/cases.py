@@ -2,13 +2,15 @@
 """Inputs of attention and what they cost on paper, for its tests and its benchmark."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 PRODUCTS = {"fwd": 2, "bwd": 5, "jvp": 6, "tangent": 5}
 """Matrix products of B * H * Nq * Nk * D multiply-adds that each mode needs."""
+
+MODES = tuple(PRODUCTS)
 
 
 class Operands(NamedTuple):
@@ -33,6 +35,8 @@ class AttentionCase:
         dtype: of every operand.
         causal: as in `attention`.
         lengths: valid keys of each sample, or None for all.
+        key_heads: Hk, None for as many as queries have.
+        block_causal: as in `attention`.
     """
 
     batch: int
@@ -43,26 +47,42 @@ class AttentionCase:
     dtype: torch.dtype = torch.float32
     causal: bool = False
     lengths: tuple[int, ...] | None = None
+    key_heads: int | None = None
+    block_causal: int | None = None
 
     def __str__(self) -> str:
         """Name the case in test and benchmark reports."""
         name = f"b{self.batch}h{self.heads}q{self.n_q}k{self.n_k}d{self.head_dim}"
         name += f"-{str(self.dtype).removeprefix('torch.')}"
         name += "-causal" * self.causal
+        if self.block_causal is not None:
+            name += f"-block{self.block_causal}"
+        if self.key_heads is not None:
+            name += f"-kv{self.key_heads}"
         return name + "-lengths" * (self.lengths is not None)
+
+    @property
+    def masks(self) -> dict[str, Any]:
+        """The options of `attention` that do not need a device."""
+        return {"causal": self.causal, "block_causal": self.block_causal}
 
     def operands(self, seed: int = 0, device: str | torch.device = "cpu") -> Operands:
         """Draw normal operands, each a slice of a larger tensor laid out as [B, N, H, D]."""
         generator = torch.Generator().manual_seed(seed)
 
-        def draw(n: int) -> Tensor:
-            shape = (self.batch, n, self.heads + 1, self.head_dim + 8)
+        def draw(n: int, heads: int) -> Tensor:
+            shape = (self.batch, n, heads + 1, self.head_dim + 8)
             full = torch.randn(shape, generator=generator).to(device, self.dtype)
             return full[:, :, 1:, : self.head_dim].transpose(1, 2)
 
-        q, k, v, q_dot, k_dot, v_dot = (draw(n) for n in (self.n_q, self.n_k, self.n_k) * 2)
+        queries, keys = (self.n_q, self.heads), (self.n_k, self._key_heads)
+        q, k, v, q_dot, k_dot, v_dot = (draw(*size) for size in (queries, keys, keys) * 2)
         lengths = None if self.lengths is None else torch.tensor(self.lengths, device=device)
-        return Operands((q, k, v), (q_dot, k_dot, v_dot), draw(self.n_q), lengths)
+        return Operands((q, k, v), (q_dot, k_dot, v_dot), draw(*queries), lengths)
+
+    @property
+    def _key_heads(self) -> int:
+        return self.heads if self.key_heads is None else self.key_heads
 
     def flops(self, mode: str) -> int:
         """Count floating-point operations of "fwd", "bwd", "jvp" or "tangent", masks ignored."""
@@ -71,29 +91,40 @@ class AttentionCase:
 
     def bytes_moved(self, mode: str) -> int:
         """Count the bytes that `mode` must read and write once, lse and lengths left out."""
-        queries, keys = self.n_q * self.head_dim, self.n_k * self.head_dim
+        queries = self.heads * self.n_q * self.head_dim
+        keys = self._key_heads * self.n_k * self.head_dim
         elements = {
             "fwd": 2 * queries + 2 * keys,  # q, o; k, v
             "bwd": 4 * queries + 4 * keys,  # q, o, do, dq; k, v, dk, dv
             "jvp": 4 * queries + 4 * keys,  # q, o and tangents; k, v and tangents
-            "tangent": 3 * queries + 4 * keys,  # q, q_dot, o_dot; k, v and tangents
+            "tangent": 4 * queries + 4 * keys,  # q, q_dot, o, o_dot; k, v and tangents
         }[mode]
-        return self.batch * self.heads * elements * self.dtype.itemsize
+        return self.batch * elements * self.dtype.itemsize
 
 
 def attention_in_dtype(
-    q: Tensor, k: Tensor, v: Tensor, *, kv_lengths: Tensor | None = None, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kv_lengths: Tensor | None = None,
+    causal: bool = False,
+    block_causal: int | None = None,
 ) -> Tensor:
     """Compute attention as one writes it in eager PyTorch, every step rounded to the dtype.
 
     The yardstick of the error budgets. A row that sees no key is 0 as in `attention`.
     """
     n_q, n_k = q.shape[-2], k.shape[-2]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     visible = torch.ones((q.shape[0], 1, n_q, n_k), dtype=torch.bool, device=q.device)
     if kv_lengths is not None:
         visible = visible & (torch.arange(n_k, device=q.device) < kv_lengths[:, None, None, None])
-    if causal:
-        visible = visible & visible.new_ones(n_q, n_k).tril(n_k - n_q)
+    block = 1 if causal else block_causal
+    if block is not None:
+        o_q = torch.arange(n_k - n_q, n_k, device=q.device)[:, None]
+        o_k = torch.arange(n_k, device=q.device)
+        visible = visible & (o_k // block <= o_q.div(block, rounding_mode="floor"))
     scores = (q @ k.mT) * q.shape[-1] ** -0.5
     scores = scores.masked_fill(~visible, torch.finfo(q.dtype).min)
     o: Tensor = scores.softmax(-1) @ v

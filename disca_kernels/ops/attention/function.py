@@ -1,13 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Autograd of attention: operators that run kernels, and the Functions above them.
+"""Autograd of attention: the Functions above the operators, and what the public calls run."""
 
-A kernel runs inside a `torch.library` operator, which `torch.compile` and `torch.func` transforms
-know how to call. Such an operator has no forward mode and loses a tangent without a word, so it
-is called only by the rules of a Function, and those refuse a tangent that it would lose.
-"""
-
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,8 +8,9 @@ from torch import Tensor
 
 from disca_kernels import forward_mode
 from disca_kernels.backend import Backend
-from disca_kernels.batching import fold, folding_rule, unfold
-from disca_kernels.ops.attention import eager
+from disca_kernels.batching import fold, unfold
+from disca_kernels.ops.attention import eager, operators
+from disca_kernels.ops.attention.eager import Options, Primals, Tangents
 
 _NO_SECOND_DERIVATIVE = (
     "attention: the gradient that a kernel computes cannot be differentiated again, in either mode "
@@ -27,115 +21,11 @@ _NO_TANGENT_OF_PAIR = (
     "forward_ad.dual_level is active), which would silently be lost. Inside forward mode call "
     "attention; its tangent comes by itself"
 )
-
-Primals = tuple[Tensor, Tensor, Tensor]
-Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-def _launchers(backend: str) -> ModuleType:
-    """Import the module whose kernels `backend` names; only now, since it may load a compiler."""
-    return import_module(f"disca_kernels.ops.attention.{backend}")
-
-
-@torch.library.custom_op("disca_kernels::attention_fwd", mutates_args=())
-def _fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_lengths: Tensor | None,
-    causal: bool,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    o, lse = _launchers(backend).launch_fwd(q, k, v, kv_lengths, causal, scale)
-    return o, lse
-
-
-@torch.library.custom_op("disca_kernels::attention_bwd", mutates_args=())
-def _bwd(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    kv_lengths: Tensor | None,
-    causal: bool,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    launch = _launchers(backend).launch_bwd
-    dq, dk, dv = launch(do, (q, k, v), o, lse, kv_lengths, causal, scale)
-    return dq, dk, dv
-
-
-@torch.library.custom_op("disca_kernels::attention_dual", mutates_args=())
-def _dual(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_dot: Tensor | None,
-    k_dot: Tensor | None,
-    v_dot: Tensor | None,
-    kv_lengths: Tensor | None,
-    causal: bool,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    launch = _launchers(backend).launch_jvp
-    o, lse, o_dot = launch((q, k, v), (q_dot, k_dot, v_dot), kv_lengths, causal, scale)
-    return o, lse, o_dot
-
-
-@torch.library.custom_op("disca_kernels::attention_tangent", mutates_args=())
-def _tangent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    q_dot: Tensor | None,
-    k_dot: Tensor | None,
-    v_dot: Tensor | None,
-    kv_lengths: Tensor | None,
-    causal: bool,
-    scale: float,
-    backend: str,
-) -> Tensor:
-    launch = _launchers(backend).launch_tangent
-    o_dot: Tensor = launch((q, k, v), (q_dot, k_dot, v_dot), lse, kv_lengths, causal, scale)
-    return o_dot
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _lse_of(q: Tensor) -> Tensor:
-    return torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-
-
-@_fwd.register_fake
-def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _like(q), _lse_of(q)
-
-
-@_bwd.register_fake
-def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(q), _like(k), _like(v)
-
-
-@_dual.register_fake
-def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(q), _lse_of(q), _like(q)
-
-
-@_tangent.register_fake
-def _(q: Tensor, *_: Any) -> Tensor:
-    return _like(q)
-
-
-for _operator in (_fwd, _bwd, _dual, _tangent):
-    _operator.register_vmap(folding_rule(_operator))
+_NO_TANGENT_OF_TANGENT = (
+    "attention_tangent: an operand carries a tangent of its own (torch.func.jvp or "
+    "forward_ad.dual_level is active), which would silently be lost. Inside forward mode call "
+    "attention; its primal option chooses what computes the value"
+)
 
 
 class AttentionGradientFunction(torch.autograd.Function):
@@ -146,18 +36,21 @@ class AttentionGradientFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         do: Tensor,
+        dlse: Tensor | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         o: Tensor,
         lse: Tensor,
         kv_lengths: Tensor | None,
-        causal: bool,
+        block: int,
         scale: float,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute dq, dk and dv."""
-        dq, dk, dv = _bwd(do, q, k, v, o, lse, kv_lengths, causal, scale, backend)
+        dq, dk, dv = operators.bwd(
+            do, dlse, q, k, v, o, lse, kv_lengths, block, scale, backend
+        )  # fmt: skip
         return dq, dk, dv
 
     @staticmethod
@@ -175,23 +68,27 @@ class AttentionGradientFunction(torch.autograd.Function):
         raise NotImplementedError(_NO_SECOND_DERIVATIVE)
 
 
-def _gradient(ctx: Any, do: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     """Compute the gradients with the backend that computed the value."""
-    if do is None:
+    if do is None and dlse is None:
         return None, None, None
     q, k, v, o, lse, kv_lengths = ctx.saved_tensors
+    if do is None:
+        do = torch.zeros_like(o)
+    options = Options(kv_lengths, ctx.block, ctx.scale)
     if ctx.backend == Backend.EAGER:
-        return eager.gradient(do, (q, k, v), kv_lengths, ctx.causal, ctx.scale)
+        return eager.gradient(do, dlse, (q, k, v), options)
     gradients: tuple[Tensor, ...] = AttentionGradientFunction.apply(  # type: ignore[no-untyped-call]
-        do, q, k, v, o, lse, kv_lengths, ctx.causal, ctx.scale, ctx.backend
+        do, dlse, q, k, v, o, lse, *options, ctx.backend
     )
     return gradients
 
 
 class AttentionFunction(torch.autograd.Function):
-    """Autograd of `attention` in both modes; returns o and the log-sum-exp of the scores.
+    """Autograd of `attention` in both modes: o, lse, and what o lost to rounding.
 
-    The tangent is detached: it is computed without a graph, from tensors without one.
+    The tangent is detached: it is computed without a graph, from tensors without one. Without
+    `with_lse` the eager backend, which needs none, leaves lse empty.
     """
 
     @staticmethod
@@ -200,61 +97,70 @@ class AttentionFunction(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         kv_lengths: Tensor | None,
-        causal: bool,
+        block: int,
         scale: float,
+        with_lse: bool,
+        wide: bool,
+        source: str,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the value; PyTorch passes plain tensors without their tangents."""
         if backend == Backend.EAGER:
-            # Its rules compute P again and need no log-sum-exp.
-            return eager.forward(q, k, v, kv_lengths, causal, scale), _lse_of(q[:, :, :0])
-        o, lse = _fwd(q, k, v, kv_lengths, causal, scale, backend)
-        return o, lse
+            options, nothing = Options(kv_lengths, block, scale), q.new_empty((*q.shape[:3], 0))
+            if with_lse:
+                return *eager.forward_with_lse(q, k, v, options), nothing
+            return eager.forward(q, k, v, options), operators.lse_like(q[:, :, :0]), nothing
+        o, lse, rest = operators.fwd(q, k, v, kv_lengths, block, scale, wide, source, backend)
+        return o, lse, rest
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Save the same tensors for both modes."""
-        q, k, v, kv_lengths, ctx.causal, ctx.scale, ctx.backend = inputs
+        q, k, v, kv_lengths, ctx.block, ctx.scale, ctx.with_lse, _, _, ctx.backend = inputs
+        o, lse, rest = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(q, k, v, *output, kv_lengths)
-        ctx.save_for_forward(q, k, v, *output, kv_lengths)
+        absent = ctx.backend == Backend.EAGER and not ctx.with_lse
+        ctx.mark_non_differentiable(rest, *(lse,) * absent)
+        ctx.save_for_backward(q, k, v, o, lse, kv_lengths)
+        ctx.save_for_forward(q, k, v, o, rest, lse, kv_lengths)
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, do: Tensor | None, dlse: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """Compute the gradients of q, k and v."""
-        return (*_gradient(ctx, do), None, None, None, None)
+        return (*_gradient(ctx, do, dlse), *(None,) * 7)
 
     @staticmethod
     def jvp(
         ctx: Any, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None, *_: None
-    ) -> tuple[Tensor, None]:
-        """Compute the tangent alone; an absent tangent arrives as None and costs nothing."""
-        q, k, v, _, lse, kv_lengths = ctx.saved_tensors
+    ) -> tuple[Tensor | None, ...]:
+        """Compute the tangents alone; an absent tangent arrives as None and costs nothing."""
+        q, k, v, o, rest, lse, kv_lengths = ctx.saved_tensors
         forward_mode.refuse_second_tangent("attention", q, k, v, q_dot, k_dot, v_dot)
         with torch.no_grad():
-            primals = q.detach(), k.detach(), v.detach()
             dots = _cast((q_dot, k_dot, v_dot), q.dtype)
+            primals = q.detach(), k.detach(), v.detach()
+            options = Options(kv_lengths, ctx.block, ctx.scale)
             if ctx.backend == Backend.EAGER:
-                o_dot = eager.tangent(primals, dots, kv_lengths, ctx.causal, ctx.scale)
-            else:
-                o_dot = _tangent(
-                    *primals, lse.detach(), *dots, kv_lengths, ctx.causal, ctx.scale, ctx.backend
-                )
-            return o_dot.detach(), None
+                o_dot, lse_dot = eager.tangent(primals, dots, options)
+                return o_dot.detach(), lse_dot.detach() if ctx.with_lse else None, None
+            known = [o.detach(), lse.detach(), rest.detach()]
+            o_dot, lse_dot = operators.tangent(*primals, *dots, known, *options, ctx.backend)
+            return o_dot.detach(), lse_dot.detach(), None
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[Any, ...], *args: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """Fold the mapped dimension into the batch."""
         folded = fold(info.batch_size, in_dims, args)
-        o, lse = AttentionFunction.apply(*folded)  # type: ignore[no-untyped-call]
-        return (unfold(info.batch_size, o), unfold(info.batch_size, lse)), (0, 0)
+        results = AttentionFunction.apply(*folded)  # type: ignore[no-untyped-call]
+        return tuple(unfold(info.batch_size, x) for x in results), (0, 0, 0)
 
 
 class AttentionDualFunction(torch.autograd.Function):
-    """Autograd of `attention_jvp`: reverse mode through the value alone."""
+    """Autograd of `attention_jvp`: reverse mode through the values alone."""
 
     generate_vmap_rule = True
 
@@ -267,29 +173,31 @@ class AttentionDualFunction(torch.autograd.Function):
         k_dot: Tensor | None,
         v_dot: Tensor | None,
         kv_lengths: Tensor | None,
-        causal: bool,
+        block: int,
         scale: float,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute value, log-sum-exp and tangent in one pass."""
-        o, lse, o_dot = _dual(q, k, v, q_dot, k_dot, v_dot, kv_lengths, causal, scale, backend)
-        return o, lse, o_dot
+    ) -> tuple[Tensor, ...]:
+        """Compute the values and their tangents in one pass."""
+        o, lse, o_dot, lse_dot = operators.dual(
+            q, k, v, q_dot, k_dot, v_dot, kv_lengths, block, scale, backend
+        )
+        return o, lse, o_dot, lse_dot
 
     @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
-        """Save what the gradient of the value needs; the tangent has none."""
-        q, k, v, _, _, _, kv_lengths, ctx.causal, ctx.scale, ctx.backend = inputs
-        o, lse, o_dot = output
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Save what the gradient of the values needs; the tangents have none."""
+        q, k, v, _, _, _, kv_lengths, ctx.block, ctx.scale, ctx.backend = inputs
+        o, lse, o_dot, lse_dot = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse, o_dot)
+        ctx.mark_non_differentiable(o_dot, lse_dot)
         ctx.save_for_backward(q, k, v, o, lse, kv_lengths)
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, do: Tensor | None, dlse: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """Compute the gradients of q, k and v."""
-        return (*_gradient(ctx, do), None, None, None, None, None, None, None)
+        return (*_gradient(ctx, do, dlse), *(None,) * 7)
 
     @staticmethod
     def jvp(ctx: Any, *_: Tensor | None) -> tuple[Tensor, ...]:
@@ -308,26 +216,31 @@ def _apply_function(
     k: Tensor,
     v: Tensor,
     kv_lengths: Tensor | None,
-    causal: bool,
+    block: int,
     scale: float,
+    with_lse: bool,
+    wide: bool,
+    source: str,
     backend: str,
-) -> Tensor:
-    o: Tensor = AttentionFunction.apply(q, k, v, kv_lengths, causal, scale, backend)[0]  # type: ignore[no-untyped-call]
-    return o
+) -> tuple[Tensor, Tensor]:
+    o, lse, _ = AttentionFunction.apply(  # type: ignore[no-untyped-call]
+        q, k, v, kv_lengths, block, scale, with_lse, wide, source, backend
+    )
+    return o, lse
 
 
 def _apply_dual_function(
     primals: Primals,
     tangents: Tangents,
     kv_lengths: Tensor | None,
-    causal: bool,
+    block: int,
     scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    o, _, o_dot = AttentionDualFunction.apply(  # type: ignore[no-untyped-call]
-        *primals, *tangents, kv_lengths, causal, scale, backend
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    o, lse, o_dot, lse_dot = AttentionDualFunction.apply(  # type: ignore[no-untyped-call]
+        *primals, *tangents, kv_lengths, block, scale, backend
     )
-    return o, o_dot.detach()
+    return o, lse, o_dot.detach(), lse_dot.detach()
 
 
 _prepare_compile = forward_mode.opaque_to_compile(_apply_function)
@@ -335,25 +248,44 @@ _prepare_compile_dual = forward_mode.opaque_to_compile(_apply_dual_function)
 
 
 def value(
-    primals: Primals, kv_lengths: Tensor | None, causal: bool, scale: float, backend: Backend
-) -> Tensor:
-    """Compute o, differentiable in the modes that the backend offers."""
-    if backend is Backend.EAGER and not forward_mode.active():
-        return eager.forward(*primals, kv_lengths, causal, scale)
+    primals: Primals, options: Options, with_lse: bool, source: str, backend: Backend
+) -> tuple[Tensor, Tensor | None]:
+    """Compute o, and lse if wanted, differentiable in the modes that the backend offers."""
+    forward = forward_mode.active()
+    if backend is Backend.EAGER and not forward:
+        if with_lse:
+            return eager.forward_with_lse(*primals, options)
+        return eager.forward(*primals, options), None
     _prepare_compile()
-    return _apply_function(*primals, kv_lengths, causal, scale, backend.value)
+    return _apply_function(*primals, *options, with_lse, forward, source, backend.value)
 
 
 def value_and_tangent(
+    primals: Primals, tangents: Tangents, options: Options, with_lse: bool, backend: Backend
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Compute (o, lse, o_dot, lse_dot) in one pass; autograd tracks o and lse alone."""
+    if backend is Backend.EAGER:
+        return eager.value_and_tangent(primals, tangents, options, with_lse)
+    _prepare_compile_dual()
+    return _apply_dual_function(primals, tangents, *options, backend.value)
+
+
+def tangent(
     primals: Primals,
     tangents: Tangents,
-    kv_lengths: Tensor | None,
-    causal: bool,
-    scale: float,
+    o: Tensor,
+    lse: Tensor,
+    options: Options,
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
-    """Compute (o, o_dot) in one pass; autograd tracks o alone."""
-    if backend is Backend.EAGER:
-        return eager.value_and_tangent(primals, tangents, kv_lengths, causal, scale)
-    _prepare_compile_dual()
-    return _apply_dual_function(primals, tangents, kv_lengths, causal, scale, backend.value)
+    """Compute (o_dot, lse_dot) beneath which any attention computed o and lse; no gradients."""
+    present = [x for x in tangents if x is not None]
+    forward_mode.refuse_tangents(_NO_TANGENT_OF_TANGENT, *primals, *present, o, lse)
+    with torch.no_grad():
+        q, k, v, o, lse = (x.detach() for x in (*primals, o, lse))
+        dots = _cast(tangents, q.dtype)
+        if backend is Backend.EAGER:
+            o_dot, lse_dot = eager.tangent((q, k, v), dots, options)
+        else:
+            o_dot, lse_dot = operators.tangent(q, k, v, *dots, [o, lse], *options, backend.value)
+        return o_dot.detach(), lse_dot.detach()

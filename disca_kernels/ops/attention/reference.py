@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eager specification of softmax attention: value, tangent and gradient."""
+"""Eager specification of softmax attention: value, tangent, log-sum-exp and gradient."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +20,16 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     return head_dim**-0.5 if scale is None else float(scale)
 
 
+def resolve_block(causal: bool, block_causal: int | None) -> int:
+    """Return tokens per block of the causal mask: 1 for `causal`, 0 without a causal mask."""
+    return int(causal) if block_causal is None else block_causal
+
+
 def attention_mask(
     q_length: int,
     k_length: int,
     kv_lengths: Tensor | None,
-    causal: bool,
+    block: int,
     device: torch.device,
 ) -> Tensor | None:
     """Return which keys a query may see, or None when it may see all of them.
@@ -31,23 +38,43 @@ def attention_mask(
         q_length: number of queries, Nq.
         k_length: number of keys, Nk.
         kv_lengths: [B] number of valid keys of each sample, or None.
-        causal: whether query i sees only keys j <= i + Nk - Nq (the last query sees every key).
+        block: tokens per block of the causal mask; 0: none. Query i sees only keys
+            j < (floor((i + Nk - Nq) / block) + 1) * block.
         device: where the mask is made.
 
     Returns:
         bool, [B, 1, 1, Nk], [1, 1, Nq, Nk] or [B, 1, Nq, Nk]; True means visible.
     """
-    if kv_lengths is None and not causal:
+    if kv_lengths is None and not block:
         return None
     o_k = torch.arange(k_length, device=device)
     mask: Tensor | None = None
     if kv_lengths is not None:
         mask = (o_k < kv_lengths.to(device)[:, None])[:, None, None, :]
-    if causal:
-        o_q = torch.arange(q_length, device=device)
-        visible = (o_k <= o_q[:, None] + (k_length - q_length))[None, None]
+    if block:
+        position = torch.arange(q_length, device=device) + (k_length - q_length)
+        stop = (position.div(block, rounding_mode="floor") + 1) * block
+        visible = (o_k < stop[:, None])[None, None]
         mask = visible if mask is None else mask & visible
     return mask
+
+
+def clear_padding(kv_lengths: Tensor | None, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Return [B, Hk, Nk, D] tensors with 0 beyond the lengths: a weight of 0 times NaN is NaN."""
+    if kv_lengths is None:
+        return tensors
+    n_keys = next((x.shape[2] for x in tensors if x is not None), 0)
+    o_k = torch.arange(n_keys, device=kv_lengths.device)
+    padding = (o_k >= kv_lengths[:, None])[:, None, :, None]
+    return tuple(None if x is None else x.masked_fill(padding, 0.0) for x in tensors)
+
+
+def repeat_heads(heads: int, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Repeat grouped key heads of [B, Hk, Nk, D] for the query heads that read them."""
+    return tuple(
+        x if x is None or x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+        for x in tensors
+    )
 
 
 def probabilities(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -59,6 +86,14 @@ def probabilities(scores: Tensor, mask: Tensor | None) -> Tensor:
     return p.masked_fill(~mask, 0.0)
 
 
+def log_sum_exp(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the log-sum-exp of the visible scores of each row; minus infinity if there is none."""
+    if mask is None:
+        return scores.logsumexp(-1)
+    lse = scores.masked_fill(~mask, _MASKED).logsumexp(-1)
+    return lse.masked_fill(~mask.any(-1), -torch.inf)
+
+
 def attention_reference(
     q: Tensor,
     k: Tensor,
@@ -66,8 +101,10 @@ def attention_reference(
     *,
     kv_lengths: Tensor | None = None,
     causal: bool = False,
+    block_causal: int | None = None,
     scale: float | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Any:
     """Compute `softmax(scale * q @ k^T) @ v` in plain PyTorch.
 
     Differentiable any number of times, in both modes. It computes in float32 (float64 inputs: in
@@ -75,20 +112,28 @@ def attention_reference(
 
     Args:
         q: [B, H, Nq, D] queries.
-        k: [B, H, Nk, D] keys.
-        v: [B, H, Nk, D] values.
+        k: [B, Hk, Nk, D] keys; H is a multiple of Hk, and query head h reads key head
+            h // (H // Hk).
+        v: [B, Hk, Nk, D] values.
         kv_lengths: [B] number of valid keys, the first ones, of each sample; None: all.
         causal: query i sees only keys j <= i + Nk - Nq.
+        block_causal: query i sees only keys j < (floor((i + Nk - Nq) / block_causal) + 1) *
+            block_causal.
         scale: factor of the scores, `1 / sqrt(D)` by default.
+        return_lse: whether to return the log-sum-exp of the scores too.
 
     Returns:
-        [B, H, Nq, D] in the dtype of `q`; 0 in rows that see no key.
+        o [B, H, Nq, D] in the dtype of `q`, 0 in rows that see no key; with `return_lse` also lse
+        [B, H, Nq], float32 (float64 inputs: float64), minus infinity in such rows.
     """
     wide = compute_dtype(q.dtype)
     scale = resolve_scale(scale, q.shape[-1])
-    mask = attention_mask(q.shape[-2], k.shape[-2], kv_lengths, causal, q.device)
-    p = probabilities((q.to(wide) * scale) @ k.to(wide).mT, mask)
-    return (p @ v.to(wide)).to(q.dtype)
+    block = resolve_block(causal, block_causal)
+    mask = attention_mask(q.shape[-2], k.shape[-2], kv_lengths, block, q.device)
+    k, v = repeat_heads(q.shape[1], *clear_padding(kv_lengths, k, v))
+    scores = (q.to(wide) * scale) @ k.to(wide).mT
+    o = (probabilities(scores, mask) @ v.to(wide)).to(q.dtype)
+    return (o, log_sum_exp(scores, mask)) if return_lse else o
 
 
 def attention_jvp_reference(
@@ -97,33 +142,42 @@ def attention_jvp_reference(
     *,
     kv_lengths: Tensor | None = None,
     causal: bool = False,
+    block_causal: int | None = None,
     scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_lse: bool = False,
+) -> tuple[Tensor, ...]:
     """Compute attention and, by the centred formula, its directional derivative.
 
     With the scores S, P = softmax(S), S_dot = scale * (q_dot k^T + q k_dot^T) and the row means
     c = rowsum(P * S_dot),
 
-        o = P v,    o_dot = (P * (S_dot - c)) v + P v_dot
+        o = P v,    o_dot = (P * (S_dot - c)) v + P v_dot,    lse_dot = c
 
     Args:
         primals: `(q, k, v)` as in `attention_reference`.
         tangents: `(q_dot, k_dot, v_dot)`, each of its primal's shape, or None for zero.
         kv_lengths: as in `attention_reference`.
         causal: as in `attention_reference`.
+        block_causal: as in `attention_reference`.
         scale: as in `attention_reference`.
+        return_lse: whether to return the log-sum-exp of the scores and its tangent too.
 
     Returns:
-        `(o, o_dot)`, both [B, H, Nq, D] in the dtype of `q`.
+        `(o, o_dot)`, both [B, H, Nq, D] in the dtype of `q`; with `return_lse`
+        `(o, o_dot, lse, lse_dot)`.
     """
-    wide = compute_dtype(primals[0].dtype)
+    dtype = primals[0].dtype
+    wide = compute_dtype(dtype)
     q, k, v = (x.to(wide) for x in primals)
     q_dot, k_dot, v_dot = (None if x is None else x.to(wide) for x in tangents)
     scale = resolve_scale(scale, q.shape[-1])
-    mask = attention_mask(q.shape[-2], k.shape[-2], kv_lengths, causal, q.device)
-    p = probabilities((q * scale) @ k.mT, mask)
+    block = resolve_block(causal, block_causal)
+    mask = attention_mask(q.shape[-2], k.shape[-2], kv_lengths, block, q.device)
+    k, v, k_dot, v_dot = repeat_heads(q.shape[1], *clear_padding(kv_lengths, k, v, k_dot, v_dot))
+    scores = (q * scale) @ k.mT
+    p = probabilities(scores, mask)
     o = p @ v
-    o_dot = torch.zeros_like(o)
+    o_dot, c = torch.zeros_like(o), torch.zeros_like(o[..., :1])
     if q_dot is not None or k_dot is not None:
         s_dot = torch.zeros_like(p)
         if q_dot is not None:
@@ -134,5 +188,5 @@ def attention_jvp_reference(
         o_dot = o_dot + (p * (s_dot - c)) @ v
     if v_dot is not None:
         o_dot = o_dot + p @ v_dot
-    dtype = primals[0].dtype
-    return o.to(dtype), o_dot.to(dtype)
+    pair = o.to(dtype), o_dot.to(dtype)
+    return (*pair, log_sum_exp(scores, mask), c.squeeze(-1)) if return_lse else pair

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention: the log-sum-exp, padding, what computes the value, and what is refused."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import jvp
+
+from disca_kernels import BackendError, attention, attention_jvp
+from disca_kernels.ops.attention.cases import AttentionCase, Operands
+from disca_kernels.ops.attention.reference import attention_jvp_reference, attention_reference
+from tests.ops.attention_calls import BACKENDS, CASES, DEVICE, double, options, tangents_by
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@backends
+@pytest.mark.parametrize("poison", [1e3, torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_keys_beyond_the_length_have_no_influence(
+    dtype: torch.dtype, poison: float, backend: str
+) -> None:
+    """Whatever padding holds; a weight of zero times NaN would be NaN."""
+    case = AttentionCase(2, 2, 37, 70, 16, dtype, lengths=(1, 40))
+    operands = case.operands(device=DEVICE)
+    kwargs = {**options(case, operands), "backend": backend}
+    keys = tuple(x.clone() for x in (*operands.primals[1:], *operands.tangents[1:]))
+    for x in keys:
+        x[0, :, 1:], x[1, :, 40:] = poison, -poison
+    poisoned = operands._replace(
+        primals=(operands.primals[0], *keys[:2]), tangents=(operands.tangents[0], *keys[2:])
+    )
+
+    def everything(operands: Operands) -> tuple[Tensor, ...]:
+        leaves = tuple(x.detach().requires_grad_() for x in operands.primals)
+        o = attention(*leaves, **kwargs)
+        gradients = torch.autograd.grad(o, leaves, operands.cotangent)
+        ways = (tangents_by(way, operands, **kwargs) for way in ("pair", "func.jvp", "over"))
+        return (o.detach(), *gradients, *(x for pair in ways for x in pair))
+
+    clean, results = everything(operands), everything(poisoned)
+    torch.testing.assert_close(results, clean, rtol=0, atol=0)
+    for gradient in results[2:4]:
+        assert gradient[0, :, 1:].eq(0).all()
+        assert gradient[1, :, 40:].eq(0).all()
+
+
+@backends
+@cases
+def test_log_sum_exp_and_its_derivatives(case: AttentionCase, backend: str) -> None:
+    operands = case.operands(device=DEVICE)
+    kwargs = options(case, operands)
+    weight = torch.randn(operands.primals[0].shape[:3], generator=torch.Generator().manual_seed(2))
+    weight = weight.to(DEVICE)
+
+    def results(primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], function, pair):
+        leaves = tuple(x.detach().requires_grad_() for x in primals)
+        o, lse = function(*leaves, **kwargs, return_lse=True)
+        wide = weight.to(lse.dtype)
+        loss = (lse * wide).masked_fill(lse.isneginf(), 0.0).sum() + (o * o).sum().to(lse.dtype)
+        _, _, lse_of_pair, lse_dot = pair(leaves, tangents, **kwargs, return_lse=True)
+        loss_of_pair = (lse_of_pair * wide).masked_fill(lse_of_pair.isneginf(), 0.0).sum()
+        return (
+            lse.detach(),
+            *torch.autograd.grad(loss, leaves),
+            lse_of_pair.detach(),
+            lse_dot,
+            *torch.autograd.grad(loss_of_pair, leaves[:2]),
+        )
+
+    expected = results(
+        double(operands.primals), double(operands.tangents),
+        attention_reference, attention_jvp_reference,
+    )  # fmt: skip
+    actual = results(
+        operands.primals, operands.tangents,
+        lambda *x, **o: attention(*x, **o, backend=backend),
+        lambda *x, **o: attention_jvp(*x, **o, backend=backend),
+    )  # fmt: skip
+    names = ["lse", "dq", "dk", "dv", "lse of the pair", "lse_dot", "dq of lse", "dk of lse"]
+    unit = torch.finfo(case.dtype).eps
+    for name, a, e in zip(names, actual, expected, strict=True):
+        assert a.dtype == (F32 if "d" not in name or "dot" in name else case.dtype), name
+        assert torch.equal(a.isneginf(), e.isneginf()), name
+        kept = e.isfinite()
+        error = (a.double() - e)[kept].norm() / e[kept].norm().clamp_min(1e-30)
+        assert error < 4 * unit + 1e-6, (name, error)
+    forward, tangent = jvp(
+        lambda *x: attention(*x, **kwargs, return_lse=True, backend=backend),
+        operands.primals, operands.tangents,
+    )  # fmt: skip
+    torch.testing.assert_close(forward[1], actual[4], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tangent[1], actual[5], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.zeros(2, 5, 8)}, ValueError, r"must be \[B, H, N, D\]"),
+        ({"q": torch.zeros(2, 2, 5, 9)}, ValueError, "same D"),
+        ({"v": torch.zeros(2, 2, 6, 8)}, ValueError, "k and v both"),
+        ({"q": torch.zeros(2, 3, 5, 8)}, ValueError, "multiple of those of k"),
+        ({"q": torch.zeros(3, 2, 5, 8)}, ValueError, "the same batch"),
+        ({"q": torch.zeros(2, 2, 5, 8, dtype=F16)}, TypeError, "one dtype"),
+        ({"q": torch.zeros(2, 2, 5, 8, dtype=torch.int32)}, TypeError, "must be one of"),
+        ({"q": torch.zeros(2, 2, 5, 8, device="meta")}, ValueError, "one device"),
+        ({"q": 3}, TypeError, "must be a tensor"),
+        ({"kv_lengths": torch.tensor([1, 8])}, ValueError, r"in 0 \.\. 7, got 1 \.\. 8"),
+        ({"kv_lengths": torch.tensor([-1, 7])}, ValueError, r"got -1 \.\. 7"),
+        ({"kv_lengths": torch.tensor([7])}, ValueError, r"must be \[B\]"),
+        ({"kv_lengths": torch.tensor([1.0, 2.0])}, TypeError, "integers"),
+        ({"kv_lengths": [1, 2]}, TypeError, "integers"),
+        ({"kv_lengths": torch.tensor([1, 2], device="meta")}, ValueError, "kv_lengths is on"),
+        ({"causal": 4}, TypeError, "causal must be True or False, got 4"),
+        ({"block_causal": 0}, ValueError, "at least 1 token .*got 0"),
+        ({"block_causal": 2.0}, TypeError, r"whole number of tokens or None, got 2\.0"),
+        ({"block_causal": 4, "causal": True}, ValueError, "exclude each other"),
+        ({"scale": "1"}, TypeError, "scale must be a number .*got str"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+        ({"primal": "fast"}, ValueError, "one of own, sdpa, flash_attn, flash_attn_3, got 'fast'"),
+        ({"primal": "flash_attn"}, BackendError, "needs CUDA tensors.*Would work: primal='own'"),
+        ({"backend": "fast"}, ValueError, "must be one of"),
+    ],
+)
+def test_rejects(change: dict[str, object], error: type[Exception], message: str) -> None:
+    arguments = dict(zip("qkv", AttentionCase(2, 2, 5, 7, 8).operands().primals, strict=True))
+    with pytest.raises(error, match=message):
+        attention(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("tangents", "error", "message"),
+    [
+        ((None, None), ValueError, "3 tangents"),
+        ((torch.zeros(2, 2, 5, 9), None, None), ValueError, "q_dot must match q"),
+        ((None, None, torch.zeros(2, 2, 7, 8, dtype=F16)), TypeError, "v_dot must have the dtype"),
+    ],
+)
+def test_rejects_tangents(tangents, error: type[Exception], message: str) -> None:
+    primals = AttentionCase(2, 2, 5, 7, 8).operands().primals
+    with pytest.raises(error, match=message):
+        attention_jvp(primals, tangents)
+
+
+def test_triton_says_which_head_dimensions_it_has() -> None:
+    primals = AttentionCase(1, 1, 2, 2, 257).operands(device=DEVICE).primals
+    with pytest.raises(BackendError, match=r"257 is above 256.*'eager'"):
+        attention(*primals, backend="triton")
+    assert attention(*primals).shape == (1, 1, 2, 257)
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch) -> None:
+    monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "0")
+    primals = AttentionCase(1, 1, 2, 2, 8).operands().primals
+    with pytest.raises(BackendError, match="needs CUDA tensors"):
+        attention(*primals, backend="triton")
