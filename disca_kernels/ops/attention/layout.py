@@ -3,10 +3,17 @@
 
 from torch import Tensor
 
+_MAX_ROW_STRIDE = 2**31 // 256
+"""From here on an offset inside a block of 256 rows may not fit in 32 bits."""
+
 
 def rows(x: Tensor) -> Tensor:
-    """Return `x` with contiguous rows: a copy only if its last dimension is strided."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Return `x` with contiguous rows: a copy only if its last dimension is strided.
+
+    Or if its rows are millions of elements apart, which the kernels' 32-bit offsets do not reach.
+    """
+    near = x.shape[-2] <= 1 or x.stride(-2) < _MAX_ROW_STRIDE
+    return x if x.stride(-1) == 1 and near else x.contiguous()
 
 
 def paired(x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -14,8 +21,8 @@ def paired(x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
     They nearly always agree, because the same operations made both; if not, both are copied.
     """
-    if x_dot is None or (x.stride() == x_dot.stride() and x.stride(-1) == 1):
-        return rows(x), x_dot
+    if x_dot is None or x.stride() == x_dot.stride():
+        return x, x_dot
     return x.contiguous(), x_dot.contiguous()
 
 
@@ -27,3 +34,20 @@ def dense(x: Tensor | None) -> Tensor | None:
 def strides(*tensors: Tensor) -> tuple[int, ...]:
     """Return the strides of the first three dimensions of each tensor of [B, H, N, D]."""
     return tuple(stride for x in tensors for stride in x.stride()[:3])
+
+
+def descriptor_strides(x: Tensor) -> list[int] | None:
+    """Return strides by which a tensor descriptor can reach all of `x`, or None if none can.
+
+    The hardware wants a base and strides that are multiples of 16 bytes. A dimension of size 1 is
+    never stepped along, so that its stride may be anything. A repeated (expanded) dimension is
+    left to pointers.
+    """
+    unit = 16 // x.element_size()
+    if x.numel() == 0 or x.data_ptr() % 16 or (x.stride(-1) != 1 and x.shape[-1] > 1):
+        return None
+    outer = zip(x.stride()[:3], x.shape[:3], strict=True)
+    found = [stride if size > 1 else unit * -(-x.shape[-1] // unit) for stride, size in outer]
+    if any(stride % unit or stride == 0 for stride in found):
+        return None
+    return [*found, 1]

@@ -21,37 +21,74 @@ class Tiles(NamedTuple):
 
     fwd: Tile
     jvp: Tile
+    tangent: Tile
     dq: Tile
     dkdv: Tile
 
 
-# Keyed by (multiplies whole warp groups, bytes of an element, padded head dimension). For 2-byte
-# elements no tile spills a register; tests/ops/test_attention_codegen.py compiles them. Float32
-# goes through the ordinary units, so its tiles are small and only have to fit.
 _TILES = {
-    (False, 2, 64): Tiles(
-        Tile(128, 64, 4, 3), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)
+    (80, 2, 64): Tiles(
+        Tile(128, 64, 4, 2),
+        Tile(64, 32, 4, 2),
+        Tile(64, 64, 4, 2),
+        Tile(64, 32, 4, 2),
+        Tile(32, 64, 4, 2),
     ),
-    (False, 2, 128): Tiles(
-        Tile(64, 64, 8, 2), Tile(32, 32, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)
+    (80, 2, 128): Tiles(
+        Tile(64, 64, 8, 2),
+        Tile(32, 32, 8, 2),
+        Tile(64, 32, 8, 2),
+        Tile(64, 64, 8, 2),
+        Tile(32, 64, 8, 2),
     ),
-    (False, 2, 256): Tiles(
-        Tile(64, 32, 8, 2), Tile(16, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)
+    (80, 2, 256): Tiles(
+        Tile(64, 32, 8, 2),
+        Tile(16, 32, 8, 2),
+        Tile(32, 32, 8, 1),
+        Tile(32, 32, 8, 1),
+        Tile(32, 32, 8, 1),
     ),
-    (True, 2, 64): Tiles(
-        Tile(128, 64, 4, 3), Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 2)
+    (90, 2, 64): Tiles(
+        Tile(128, 128, 8, 2),
+        Tile(128, 64, 8, 2),
+        Tile(128, 128, 8, 2),
+        Tile(128, 64, 8, 2),
+        Tile(64, 128, 8, 2),
     ),
-    (True, 2, 128): Tiles(
-        Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)
+    (90, 2, 128): Tiles(
+        Tile(128, 128, 8, 2),
+        Tile(128, 64, 8, 2),
+        Tile(128, 64, 8, 2),
+        Tile(128, 64, 8, 2),
+        Tile(64, 128, 8, 2),
     ),
-    (False, 4, 64): Tiles(
-        Tile(32, 32, 4, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)
+    (90, 2, 256): Tiles(
+        Tile(128, 64, 8, 1),
+        Tile(64, 32, 8, 1),
+        Tile(64, 32, 8, 1),
+        Tile(64, 32, 8, 1),
+        Tile(32, 64, 8, 1),
     ),
-    (False, 4, 128): Tiles(
-        Tile(16, 32, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)
+    (80, 4, 64): Tiles(
+        Tile(32, 32, 4, 1),
+        Tile(16, 16, 8, 1),
+        Tile(16, 16, 8, 1),
+        Tile(32, 32, 8, 1),
+        Tile(32, 32, 8, 1),
     ),
-    (False, 4, 256): Tiles(
-        Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)
+    (80, 4, 128): Tiles(
+        Tile(16, 32, 4, 1),
+        Tile(16, 16, 8, 1),
+        Tile(16, 16, 8, 1),
+        Tile(16, 16, 8, 1),
+        Tile(16, 16, 8, 1),
+    ),
+    (80, 4, 256): Tiles(
+        Tile(16, 16, 8, 1),
+        Tile(16, 16, 8, 1),
+        Tile(16, 16, 8, 1),
+        Tile(16, 16, 8, 1),
+        Tile(16, 16, 8, 1),
     ),
 }
 
@@ -61,12 +98,22 @@ def padded_dim(head_dim: int) -> int:
     return max(1 << (head_dim - 1).bit_length(), 16)
 
 
+def architecture(capability: int) -> int:
+    """Return the compute capability (times ten) whose tiles a device takes: 80, 90 or 100."""
+    # 12.x multiplies with single warps and has less shared memory, as 8.x does.
+    return next((a for a in (100, 90) if a <= capability < 120), 80)
+
+
+def has_descriptors(capability: int) -> bool:
+    """Whether the hardware copies tiles by tensor descriptors."""
+    return capability >= 90
+
+
 def tiles_for(capability: int, head_dim: int, itemsize: int) -> Tiles:
     """Return the tiles for a compute capability (times ten), head dimension and element size."""
-    # Data-centre devices since 9.0 multiply with groups of four warps; 12.x does not.
-    groups = 90 <= capability < 120
     size, dim = max(itemsize, 2), max(padded_dim(head_dim), 64)
-    return _TILES.get((groups, size, dim)) or _TILES[False, size, dim]
+    order = (architecture(capability), 90, 80) if architecture(capability) > 80 else (80,)
+    return next(_TILES[a, size, dim] for a in order if (a, size, dim) in _TILES)
 
 
 @cache
@@ -75,7 +122,6 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def tiles(device: torch.device, head_dim: int, itemsize: int) -> Tiles:
-    """Return the tiles on `device`; the interpreter, on a CPU, takes those of 9.0."""
-    capability = _capability(device) if device.type == "cuda" else 90
-    return tiles_for(capability, head_dim, itemsize)
+def capability(device: torch.device) -> int:
+    """Return the compute capability of `device` times ten; the interpreter, on a CPU, is 9.0."""
+    return _capability(device) if device.type == "cuda" else 90
