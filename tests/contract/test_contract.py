@@ -146,7 +146,10 @@ def test_missing_registration_is_noticed(tree: Path, path: str, gone: str) -> No
         (f"{OPS}/new_op/__init__.py", "new_op: disca_kernels/ops/new_op/api.py is missing"),
         ("csrc/new_op/new_op.h", "csrc/new_op belongs to no op"),
         ("docs/ops/new_op.md", "docs/ops/new_op.md describes no op"),
-        ("csrc/attention/attention_cpu.cpp", "attention_cpu.cpp has no room in ops/attention"),
+        (
+            "csrc/timestep_features/timestep_features_cpu.cpp",
+            "timestep_features_cpu.cpp has no room in ops/timestep_features",
+        ),
     ],
 )
 def test_orphan_is_noticed(tree: Path, path: str, complaint: str) -> None:
