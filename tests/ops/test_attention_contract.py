@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from disca_kernels import BackendError, attention, attention_jvp
+from disca_kernels import BackendError, attention, attention_jvp, attention_tangent
 from disca_kernels.ops.attention.cases import AttentionCase, Operands
 from disca_kernels.ops.attention.reference import attention_jvp_reference, attention_reference
 from tests.ops.attention_calls import BACKENDS, CASES, DEVICE, double, options, tangents_by
@@ -95,6 +95,65 @@ def test_log_sum_exp_and_its_derivatives(case: AttentionCase, backend: str) -> N
     )  # fmt: skip
     torch.testing.assert_close(forward[1], actual[4], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(tangent[1], actual[5], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "eager"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_value_may_come_from_another_attention(
+    dtype: torch.dtype, causal: bool, backend: str
+) -> None:
+    """PyTorch's value, this backend's gradient and tangent."""
+    case = AttentionCase(2, 4, 33, 33, 24, dtype, causal=causal, key_heads=2)
+    operands = case.operands(device=DEVICE)
+    kwargs = {"causal": causal, "primal": "sdpa", "backend": backend}
+    leaves = tuple(x.detach().requires_grad_() for x in operands.primals)
+    o, lse = attention(*leaves, **kwargs, return_lse=True)
+    gradients = torch.autograd.grad(o, leaves, operands.cotangent)
+    o_dot = jvp(lambda *x: attention(*x, **kwargs), operands.primals, operands.tangents)[1]
+
+    wide = tuple(x.double().requires_grad_() for x in operands.primals)
+    exact = attention_jvp_reference(wide, double(operands.tangents), causal=causal, return_lse=True)
+    exact_gradients = torch.autograd.grad(exact[0], wide, operands.cotangent.double())
+    limit = 4 * torch.finfo(dtype).eps
+    pairs = zip((o, o_dot, lse, *gradients), (*exact[:3], *exact_gradients), strict=True)
+    for actual, expected in pairs:
+        assert (actual - expected).norm() / expected.norm() < limit
+
+
+def test_another_attention_says_what_it_cannot_do() -> None:
+    case = AttentionCase(2, 2, 5, 7, 8, lengths=(0, 6))
+    operands = case.operands(device=DEVICE)
+    kwargs = {"primal": "sdpa", "backend": "triton"}
+    for change, message in (
+        ({"kv_lengths": operands.kv_lengths}, "not given key lengths"),
+        ({"block_causal": 4}, "no block-causal mask"),
+        ({"causal": True}, "aligned otherwise"),
+        ({"backend": "eager"}, "computes value and tangent itself"),
+    ):
+        with pytest.raises(BackendError, match=message):
+            attention(*operands.primals, **{**kwargs, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"o": torch.zeros(2, 2, 5, 9)}, ValueError, r"o must be \[2, 2, 5, 8\].*got \[2, 2, 5, 9"),
+        ({"o": torch.zeros(2, 2, 5, 8, dtype=F16)}, TypeError, "o must be torch.float32"),
+        ({"lse": torch.zeros(2, 2, 5, 1)}, ValueError, r"lse must be \[2, 2, 5\]"),
+        ({"lse": torch.zeros(2, 2, 5, dtype=BF16)}, TypeError, "lse must be torch.float32"),
+        ({"lse": None}, TypeError, "lse must be a tensor, got NoneType"),
+        ({"tangents": (None, None)}, ValueError, "3 tangents"),
+    ],
+)
+def test_the_tangent_over_a_value_rejects(
+    change: dict[str, object], error: type[Exception], message: str
+) -> None:
+    primals, tangents, *_ = AttentionCase(2, 2, 5, 7, 8).operands()
+    o, lse = attention(*primals, return_lse=True)
+    arguments = {"primals": primals, "tangents": tangents, "o": o, "lse": lse}
+    with pytest.raises(error, match=message):
+        attention_tangent(**{**arguments, **change})
 
 
 @pytest.mark.parametrize(

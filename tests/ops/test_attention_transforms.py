@@ -12,18 +12,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jvp, vmap
 
-from disca_kernels import attention, attention_jvp
+from disca_kernels import attention, attention_jvp, attention_tangent, dual
 from disca_kernels.ops.attention.cases import AttentionCase, Operands
 from disca_kernels.ops.attention.reference import attention_jvp_reference, attention_reference
+from tests.ops.attention_calls import BACKENDS, DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, BF16 = torch.float32, torch.bfloat16
-backends = pytest.mark.parametrize("backend", ["eager", "triton"])
+backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def small() -> tuple[Operands, dict[str, object]]:
-    operands = AttentionCase(2, 2, 5, 7, 8, lengths=(0, 6)).operands(device=DEVICE)
-    return operands, {"kv_lengths": operands.kv_lengths}
+    case = AttentionCase(2, 2, 5, 7, 8, lengths=(0, 6), key_heads=1, block_causal=3)
+    operands = case.operands(device=DEVICE)
+    return operands, {"kv_lengths": operands.kv_lengths, "block_causal": 3}
 
 
 @backends
@@ -64,6 +65,9 @@ def test_vmap(backend: str) -> None:
     torch.testing.assert_close(jvp(vmap(f), many, dots), (o, o_dot), **close)
     pair = vmap(lambda p, d: attention_jvp(p, d, **kwargs, backend=backend))(many, dots)
     torch.testing.assert_close(pair, (o, o_dot), **close)
+    lse = vmap(lambda *x: attention(*x, **kwargs, return_lse=True, backend=backend)[1])(*many)
+    tangent = vmap(lambda *x: attention_tangent(*x, **kwargs, backend=backend)[0])
+    torch.testing.assert_close(tangent(many, dots, o, lse), o_dot, **close)
     dq = vmap(grad(lambda q, k, v: f(q, k, v).sum()))(*many)
     dq_one = grad(lambda q, k, v: attention_reference(q, k, v, **kwargs).sum())
     stacked = torch.stack([dq_one(*scaled(operands.primals, c)) for c in factors.tolist()])
@@ -108,11 +112,48 @@ def test_second_derivatives_are_right_or_refused(backend: str) -> None:
                 twice(f)
 
 
-def test_a_kernel_refuses_a_dual_operand_of_the_pair() -> None:
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "eager"])
+def test_a_kernel_refuses_a_dual_operand_of_the_pair(backend: str) -> None:
     operands, _ = small()
     with pytest.raises(NotImplementedError, match="Inside forward mode call attention"):
-        jvp(lambda *x: attention_jvp(x, operands.tangents, backend="triton")[0],
+        jvp(lambda *x: attention_jvp(x, operands.tangents, backend=backend)[0],
             operands.primals, operands.tangents)  # fmt: skip
+
+
+@backends
+def test_the_tangent_over_a_value_refuses_a_dual_operand(backend: str) -> None:
+    operands, kwargs = small()
+    o, lse = attention(*operands.primals, **kwargs, return_lse=True)
+
+    def f(*x: Tensor) -> Tensor:
+        return attention_tangent(x, operands.tangents, o, lse, **kwargs, backend=backend)[0]
+
+    with pytest.raises(NotImplementedError, match="Inside forward mode call attention"):
+        jvp(f, operands.primals, operands.tangents)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="Inside forward mode"):
+        f(*map(forward_ad.make_dual, operands.primals, operands.tangents))
+    with pytest.raises(dual.TangentError, match="Inside forward mode"):
+        dual.jvp(f, operands.primals, operands.tangents)
+
+
+@backends
+def test_dual_jvp_with_the_log_sum_exp(backend: str) -> None:
+    operands, kwargs = small()
+    leaves = tuple(x.detach().requires_grad_() for x in operands.primals)
+    (o, lse), (o_dot, lse_dot) = dual.jvp(
+        lambda *x: attention(*x, **kwargs, return_lse=True, backend=backend),
+        leaves, operands.tangents,
+    )  # fmt: skip
+    expected = attention_jvp_reference(
+        operands.primals, operands.tangents, **kwargs, return_lse=True
+    )
+    torch.testing.assert_close((o, o_dot, lse, lse_dot), expected, rtol=2e-5, atol=1e-5)
+    assert o.requires_grad
+    assert lse.requires_grad
+    assert not o_dot.requires_grad
+    assert not lse_dot.requires_grad
+    with pytest.raises(dual.TangentError, match="primal='sdpa' inside dual"):
+        dual.jvp(lambda *x: attention(*x, primal="sdpa"), operands.primals, operands.tangents)
 
 
 @backends
@@ -154,29 +195,50 @@ import sys
 import torch
 from torch.autograd import forward_ad
 from torch.func import jvp
-from disca_kernels import attention, attention_jvp
+from disca_kernels import attention, attention_jvp, attention_tangent, dual
 from disca_kernels.ops.attention.cases import AttentionCase
 from disca_kernels.ops.attention.reference import attention_reference
 
 backend, device = sys.argv[1:]
-primals, tangents, _, lengths = AttentionCase(2, 2, 5, 7, 8, lengths=(0, 6)).operands(device=device)
+case = AttentionCase(2, 2, 5, 7, 8, lengths=(0, 6), key_heads=1, block_causal=3)
+primals, tangents, _, lengths = case.operands(device=device)
+options = {"kv_lengths": lengths, "block_causal": 3}
 weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
 plain = weight.detach()
 
 def model(q, k, v):
-    return attention(q @ weight, k, v @ weight, kv_lengths=lengths, backend=backend)
+    return attention(q @ weight, k, v @ weight, **options, backend=backend)
+
+def with_lse(q, k, v):
+    o, lse = attention(q @ weight, k, v @ weight, **options, return_lse=True, backend=backend)
+    return o + lse.nan_to_num(neginf=0.0)[..., None]
 
 def specification(q, k, v):
-    return attention_reference(q @ weight, k, v @ weight, kv_lengths=lengths)
+    return attention_reference(q @ weight, k, v @ weight, **options)
+
+def specification_with_lse(q, k, v):
+    o, lse = attention_reference(q @ weight, k, v @ weight, **options, return_lse=True)
+    return o + lse.nan_to_num(neginf=0.0)[..., None]
 
 def with_tangent(primals, tangents):
     o, o_dot = jvp(model, primals, tangents)
     return o, o_dot.detach()
 
+def lse_with_tangent(primals, tangents):
+    o, o_dot = jvp(with_lse, primals, tangents)
+    return o, o_dot.detach()
+
+def over_a_value(primals, tangents):
+    (q, k, v), (q_dot, k_dot, v_dot) = primals, tangents
+    inner = q @ weight, k, v @ weight
+    o, lse = attention(*inner, **options, return_lse=True, backend=backend)
+    dots = q_dot @ plain, k_dot, v_dot @ plain
+    return o, attention_tangent(inner, dots, o, lse, **options, backend=backend)[0]
+
 def pair(primals, tangents):
     (q, k, v), (q_dot, k_dot, v_dot) = primals, tangents
     dots = q_dot @ plain, k_dot, v_dot @ plain
-    return attention_jvp((q @ weight, k, v @ weight), dots, kv_lengths=lengths, backend=backend)
+    return attention_jvp((q @ weight, k, v @ weight), dots, **options, backend=backend)
 
 def compiled(function):
     torch._dynamo.reset()
@@ -193,7 +255,10 @@ close(trained, o)
 close(torch.autograd.grad(trained.square().sum(), weight)[0], dweight)
 with torch.no_grad():
     close(compiled(model)(*primals), o)
-for function in (with_tangent, pair):
+close(compiled(with_lse)(*primals), specification_with_lse(*primals))
+close(compiled(lse_with_tangent)(primals, tangents),
+      jvp(specification_with_lse, primals, tangents))
+for function in (with_tangent, pair, over_a_value):
     value, value_dot = compiled(function)(primals, tangents)
     close((value, value_dot), (o, o_dot))
     assert not value_dot.requires_grad

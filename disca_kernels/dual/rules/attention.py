@@ -62,12 +62,12 @@ def _scaled_dot_product_attention(
             "mask it draws is not visible. Use dropout_p=0, or dropout on its output."
         )
     (q, q_dot), (k, k_dot), (v, v_dot) = split(query), split(key), split(value)
+    mask, mask_dot = split(attn_mask)
+    if mask is None and _fits_our_attention(q, k, v, is_causal, enable_gqa):
+        return attention_jvp((q, k, v), (q_dot, k_dot, v_dot), causal=is_causal, scale=scale)
     if enable_gqa:
         k, k_dot, v, v_dot = (_repeat_heads(x, q.shape[-3]) for x in (k, k_dot, v, v_dot))
     dots = q_dot, k_dot, v_dot
-    mask, mask_dot = split(attn_mask)
-    if mask is None and _fits_our_attention(q, k, v, is_causal):
-        return attention_jvp((q, k, v), dots, causal=is_causal, scale=scale)
     out = functional.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     if is_causal:
@@ -80,11 +80,13 @@ def _repeat_heads(x: Tensor | None, heads: int) -> Tensor | None:
     return None if x is None else x.repeat_interleave(heads // x.shape[-3], -3)
 
 
-def _fits_our_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> bool:
+def _fits_our_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, grouped: bool) -> bool:
     """Four dimensions without broadcasting; PyTorch aligns a causal mask to the top left."""
     return (
-        q.dim() == 4
-        and q.shape[:2] == k.shape[:2] == v.shape[:2]
+        q.dim() == k.dim() == v.dim() == 4
+        and k.shape == v.shape
+        and q.shape[0] == k.shape[0]
+        and (q.shape[1] == k.shape[1] or (grouped and q.shape[1] % k.shape[1] == 0))
         and q.shape[-1] == v.shape[-1]
         and not (is_causal and q.shape[-2] != k.shape[-2])
     )
