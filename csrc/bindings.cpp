@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 
 #include "adaln_modulate/adaln_modulate.h"
+#include "attention/attention.h"
+#include "attention/attention_cuda_bindings.h"
 #include "common/checks.h"
 
 namespace py = pybind11;
@@ -51,4 +53,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operations of disca_kernels; use them through disca_kernels.ops.";
   m.def("build_info", &build_info, "What this binary was built from and for.");
   disca::register_adaln_modulate(m);
+  disca::register_attention(m);
+  disca::register_attention_cuda(m);
 }

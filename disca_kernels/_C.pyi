@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # An operand is (address, stride of the batch, stride of the tokens); an absent output is address 0.
 # The functions that end in _cuda exist only where build_info()["cuda"] is true.
+# Of attention an operand is (address, strides of batch, heads and tokens), an output its address.
 from typing import Any
 
 _Rows = tuple[int, int, int]
@@ -72,4 +73,45 @@ def adaln_modulate_jvp_cuda(
     y: int,
     y_dot: int,
     stream: int,
+) -> None: ...
+
+_Operand = tuple[int, int, int, int]
+_Triple = tuple[_Operand, _Operand, _Operand]
+_Tangents = tuple[_Operand | None, _Operand | None, _Operand | None]
+# (B, H, H of the keys, Nq, Nk, D), block, scale, dtype, address of [B] int64 lengths or 0
+_Problem = tuple[tuple[int, ...], int, float, str, int]
+
+def attention_cpu_isas() -> list[str]: ...
+def attention_fwd_cpu(
+    problem: _Problem,
+    primals: _Triple,
+    outputs: tuple[int, int, int],  # o, lse, rest or 0
+    isa: str,  # one of attention_cpu_isas(), "" for the first
+    threads: int,
+) -> None: ...
+def attention_jvp_cpu(
+    problem: _Problem,
+    primals: _Triple,
+    tangents: _Tangents,
+    outputs: tuple[int, int, int, int],  # o, lse, o_dot, lse_dot
+    isa: str,
+    threads: int,
+) -> None: ...
+def attention_tangent_cpu(
+    problem: _Problem,
+    primals: _Triple,
+    tangents: _Tangents,
+    known: tuple[_Operand, _Operand | None, int],  # o, rest, lse
+    outputs: tuple[int, int],  # o_dot, lse_dot
+    isa: str,
+    threads: int,
+) -> None: ...
+def attention_bwd_cpu(
+    problem: _Problem,
+    d_o: _Operand,
+    primals: _Triple,
+    known: tuple[_Operand, int, int],  # o, lse, dlse or 0
+    outputs: tuple[int, int, int],  # dq, dk, dv
+    isa: str,
+    threads: int,
 ) -> None: ...

@@ -9,15 +9,18 @@
 
 #include "common/checks.h"
 
+// Inlined for certain: a copy compiled for a newer processor must not be what the linker keeps.
+#define DISCA_CONVERSION inline __attribute__((always_inline))
+
 namespace disca {
 
-inline float bits_to_float(std::uint32_t bits) {
+DISCA_CONVERSION float bits_to_float(std::uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-inline std::uint32_t float_to_bits(float value) {
+DISCA_CONVERSION std::uint32_t float_to_bits(float value) {
   std::uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
@@ -33,13 +36,13 @@ struct Float16 {
 
 // The conversions have selects and no branches, so that a loop over a row becomes vector code.
 
-inline float to_float(float value) { return value; }
+DISCA_CONVERSION float to_float(float value) { return value; }
 
-inline float to_float(BFloat16 value) {
+DISCA_CONVERSION float to_float(BFloat16 value) {
   return bits_to_float(static_cast<std::uint32_t>(value.bits) << 16);
 }
 
-inline float to_float(Float16 value) {
+DISCA_CONVERSION float to_float(Float16 value) {
   const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = value.bits & 0x7fffu;
   // Scaling by 2^112 moves the exponent bias from 15 to 127 and makes subnormals normal.
@@ -52,13 +55,13 @@ template <typename T>
 T from_float(float value);
 
 template <>
-inline float from_float<float>(float value) {
+DISCA_CONVERSION float from_float<float>(float value) {
   return value;
 }
 
 // Rounds to nearest, ties to even.
 template <>
-inline BFloat16 from_float<BFloat16>(float value) {
+DISCA_CONVERSION BFloat16 from_float<BFloat16>(float value) {
   const std::uint32_t bits = float_to_bits(value);
   const std::uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
@@ -67,7 +70,7 @@ inline BFloat16 from_float<BFloat16>(float value) {
 
 // Rounds to nearest, ties to even.
 template <>
-inline Float16 from_float<Float16>(float value) {
+DISCA_CONVERSION Float16 from_float<Float16>(float value) {
   const std::uint32_t bits = float_to_bits(value);
   const std::uint32_t sign = (bits >> 16) & 0x8000u;
   const std::uint32_t magnitude = bits & 0x7fffffffu;
