@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations that are measured; a new one is a module with `OP` and a line here."""
+
+from benchmarks.gpu.model import Op
+from benchmarks.gpu.ops import adaln_modulate, attention, timestep_features
+
+OPS: dict[str, Op] = {
+    module.OP.name: module.OP for module in (attention, adaln_modulate, timestep_features)
+}
