@@ -41,7 +41,7 @@ class BackendError(RuntimeError):
 
 IMPLEMENTATIONS: dict[str, tuple[Backend, ...]] = {
     "adaln_modulate": (Backend.TRITON, Backend.CUDA, Backend.CPU, Backend.EAGER),
-    "attention": (Backend.TRITON, Backend.EAGER),
+    "attention": (Backend.TRITON, Backend.CUDA, Backend.CPU, Backend.EAGER),
     "timestep_features": (Backend.TRITON, Backend.EAGER),
 }
 """What each operation has: one line per operation."""
@@ -50,6 +50,9 @@ Limit = Callable[..., list[str]]
 
 LIMITS: dict[tuple[str, Backend], Limit] = {}
 """Reasons that only the operation itself knows (a head dimension, say); see :func:`limit`."""
+
+UNPROFITABLE: dict[tuple[str, Backend], Limit] = {}
+"""Why ``"auto"`` passes a backend over that could run; see :func:`unprofitable`."""
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MINIMUM_CAPABILITY = (8, 0)
@@ -62,6 +65,19 @@ def limit(op: str, backend: Backend) -> Callable[[Limit], Limit]:
 
     def register(function: Limit) -> Limit:
         LIMITS[op, backend] = function
+        return function
+
+    return register
+
+
+def unprofitable(op: str, backend: Backend) -> Callable[[Limit], Limit]:
+    """Register a function ``(*tensors) -> list[str]`` with reasons why ``"auto"`` is better off.
+
+    For operands with which a backend works and was measured to be slower than eager.
+    """
+
+    def register(function: Limit) -> Limit:
+        UNPROFITABLE[op, backend] = function
         return function
 
     return register
@@ -264,7 +280,7 @@ def resolve(op: str, requested: str | Backend, *tensors: Tensor | None) -> Backe
     present = [t for t in tensors if t is not None]
     device = present[0].device if present else torch.device("cpu")
     for candidate in candidates(op, device):
-        if not why_not(op, candidate, *tensors):
+        if not why_not(op, candidate, *tensors) and not _passed_over(op, candidate, *tensors):
             return candidate
     raise BackendError(_refusal(op, backend, why_not(op, Backend.EAGER, *tensors), tensors))
 
@@ -274,8 +290,17 @@ def explain(op: str, *tensors: Tensor | None) -> str:
     lines = [f"{op}({_describe(tensors)})"]
     for backend in _implementations(op):
         reasons = why_not(op, backend, *tensors)
-        lines.append(f"  {backend}: {'; '.join(reasons) if reasons else 'usable'}")
+        if not reasons:
+            passed_over = _passed_over(op, backend, *tensors)
+            reasons = ["usable", *(f"auto passes it over: {reason}" for reason in passed_over)]
+        lines.append(f"  {backend}: {'; '.join(reasons)}")
     return "\n".join(lines)
+
+
+def _passed_over(op: str, backend: Backend, *tensors: Tensor | None) -> list[str]:
+    """Return why ``"auto"`` does not take a backend that could run."""
+    reasons = UNPROFITABLE.get((op, backend))
+    return [] if reasons is None or all(t is None for t in tensors) else reasons(*tensors)
 
 
 def _refusal(

@@ -38,7 +38,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @pytest.mark.usefixtures("built")
 def test_auto_on_cpu_prefers_the_extension() -> None:
     assert resolve("adaln_modulate", "auto", CPU_TENSOR) is Backend.CPU
-    assert resolve("attention", "auto", CPU_TENSOR) is Backend.EAGER
+    assert resolve("timestep_features", "auto", CPU_TENSOR) is Backend.EAGER
 
 
 @pytest.mark.usefixtures("not_built")
@@ -54,8 +54,8 @@ def test_auto_passes_over_an_unsupported_dtype() -> None:
 @pytest.mark.usefixtures("built")
 def test_auto_never_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert resolve("attention", "auto", CPU_TENSOR) is Backend.EAGER
-    assert resolve("attention", "triton", CPU_TENSOR) is Backend.TRITON
+    assert resolve("timestep_features", "auto", CPU_TENSOR) is Backend.EAGER
+    assert resolve("timestep_features", "triton", CPU_TENSOR) is Backend.TRITON
 
 
 def test_auto_on_a_device_without_kernels_is_eager() -> None:
@@ -81,7 +81,7 @@ def test_integer_operands_do_not_count_as_unsupported() -> None:
 @pytest.mark.parametrize(
     ("op", "requested", "tensor", "reason"),
     [
-        ("attention", "cpu", CPU_TENSOR, "attention has no cpu implementation"),
+        ("timestep_features", "cpu", CPU_TENSOR, "timestep_features has no cpu implementation"),
         ("attention", "triton", CPU_TENSOR, "needs CUDA tensors, got cpu"),
         ("adaln_modulate", "cpu", CPU_TENSOR.double(), "dtype float64 is not supported"),
         ("adaln_modulate", "cpu", meta(2), "needs CPU tensors, got meta"),
@@ -126,6 +126,18 @@ def test_a_limit_makes_auto_pass_on(monkeypatch: pytest.MonkeyPatch, built: None
     backend.limit("adaln_modulate", Backend.CPU)(narrow)
     assert resolve("adaln_modulate", "auto", torch.ones(2, 3)) is Backend.CPU
     assert resolve("adaln_modulate", "auto", torch.ones(2, 4)) is Backend.EAGER
+
+
+def test_auto_alone_passes_over_what_does_not_pay(
+    monkeypatch: pytest.MonkeyPatch, built: None
+) -> None:
+    monkeypatch.setattr(backend, "UNPROFITABLE", {})
+    backend.unprofitable("adaln_modulate", Backend.CPU)(lambda *_: ["rows are short"])
+    assert resolve("adaln_modulate", "auto", CPU_TENSOR) is Backend.EAGER
+    assert resolve("adaln_modulate", "cpu", CPU_TENSOR) is Backend.CPU
+    assert "cpu: usable; auto passes it over: rows are short" in explain(
+        "adaln_modulate", CPU_TENSOR
+    )
 
 
 def test_tensors_on_different_devices() -> None:

@@ -101,7 +101,7 @@ def test_report_gives_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     text = env.format_report()
     assert "  error: it was not built" in text
-    assert "  cpu (adaln_modulate): it was not built" in text
+    assert "  cpu (adaln_modulate, attention): it was not built" in text
     assert "triton (adaln_modulate, attention, timestep_features): no CUDA device" in text
     assert "eager (adaln_modulate, attention, timestep_features): usable" in text
 

@@ -121,7 +121,7 @@ def _rooms_of(root: Path, op: str) -> list[str]:
         f"{op}: {path.relative_to(root)} is missing" for path in expected if not path.exists()
     ]
     present = sorted(path.name for path in (root / "csrc" / op).glob("*"))
-    homes = [f"{op}.h"] * (has_cpu or has_cuda)
+    homes = [f"{op}.h", f"{op}_bindings.cpp"] * (has_cpu or has_cuda)
     homes += [f"{op}_cpu*"] * has_cpu + [f"{op}_cuda*"] * has_cuda
     complaints += [
         f"{op}: csrc/{op}/{name} has no room in ops/{op}"

@@ -9,7 +9,7 @@ from disca_kernels import attention, attention_jvp, attention_tangent
 from disca_kernels.ops.attention.cases import AttentionCase, Operands
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["eager", "triton"]
+BACKENDS = ["eager", "triton", *["cpu"] * (DEVICE == "cpu")]
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 CASES = [
     AttentionCase(2, 3, 13, 17, 8),

@@ -7,7 +7,12 @@ from torch import Tensor
 from torch.func import grad, jvp
 
 from disca_kernels import attention, attention_jvp
-from disca_kernels.ops.attention.cases import AttentionCase, Operands, attention_in_dtype
+from disca_kernels.ops.attention.cases import (
+    AttentionCase,
+    Operands,
+    attention_gradient_in_dtype,
+    attention_in_dtype,
+)
 from disca_kernels.ops.attention.reference import attention_jvp_reference, attention_reference
 from disca_kernels.testing import assert_within_budget
 from tests.ops.attention_calls import (
@@ -48,7 +53,7 @@ def test_backward(case: AttentionCase, backend: str) -> None:
         return torch.autograd.grad(o, leaves, operands.cotangent.to(o.dtype))
 
     expected = gradients(attention_reference, double(operands.primals))
-    eager = gradients(attention_in_dtype, operands.primals)
+    eager = attention_gradient_in_dtype(operands.cotangent, *operands.primals, **kwargs)
     actual = gradients(attention, operands.primals, backend=backend)
     for name, a, r, e in zip("qkv", actual, expected, eager, strict=True):
         assert_within_budget(a, r, e, name=f"attention d{name}")

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from disca_kernels.backend import Backend, limit, resolve
+from disca_kernels.backend import Backend, limit, resolve, unprofitable
 from disca_kernels.ops.attention import checks, function
 from disca_kernels.ops.attention.checks import OP
 from disca_kernels.validation import check_operands, check_tangents
 
 _NAMES = ("q", "k", "v")
 _KERNEL_MAX_HEAD_DIM = 256
+_CPU_MIN_SCORES = 128 * 128
+"""Scores per head from which the C++ kernels beat two matrix products and a softmax."""
 
 Primals = tuple[Tensor, Tensor, Tensor]
 Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -296,3 +298,19 @@ def _kernel_limits(q: Tensor, *_: Tensor | None) -> list[str]:
     if q.shape[-1] <= _KERNEL_MAX_HEAD_DIM:
         return []
     return [f"head dimension {q.shape[-1]} is above {_KERNEL_MAX_HEAD_DIM}"]
+
+
+@unprofitable(OP, Backend.CPU)
+def _cpu_costs(q: Tensor, k: Tensor | None = None, *_: Tensor | None) -> list[str]:
+    """Return why eager is faster with these shapes."""
+    if k is None or q.shape[-2] * k.shape[-2] >= _CPU_MIN_SCORES:
+        return []
+    return [f"{q.shape[-2]} x {k.shape[-2]} scores per head are few: eager is faster"]
+
+
+@limit(OP, Backend.CUDA)
+def _cuda_limits(*operands: Any) -> list[str]:
+    """Return what keeps the Hopper kernel from these operands."""
+    from disca_kernels.ops.attention import cuda
+
+    return cuda.reasons(*operands)

@@ -115,17 +115,53 @@ def attention_in_dtype(
 
     The yardstick of the error budgets. A row that sees no key is 0 as in `attention`.
     """
-    n_q, n_k = q.shape[-2], k.shape[-2]
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    visible = torch.ones((q.shape[0], 1, n_q, n_k), dtype=torch.bool, device=q.device)
-    if kv_lengths is not None:
-        visible = visible & (torch.arange(n_k, device=q.device) < kv_lengths[:, None, None, None])
-    block = 1 if causal else block_causal
-    if block is not None:
-        o_q = torch.arange(n_k - n_q, n_k, device=q.device)[:, None]
-        o_k = torch.arange(n_k, device=q.device)
-        visible = visible & (o_k // block <= o_q.div(block, rounding_mode="floor"))
-    scores = (q @ k.mT) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(~visible, torch.finfo(q.dtype).min)
+    visible = _visible(q, k, kv_lengths, 1 if causal else block_causal)
+    scores = _scores(q, k, visible)
     o: Tensor = scores.softmax(-1) @ v
     return o.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+
+
+def attention_gradient_in_dtype(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kv_lengths: Tensor | None = None,
+    causal: bool = False,
+    block_causal: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute dq, dk and dv in eager PyTorch as memory in O(N) allows it.
+
+    The yardstick of the backward kernels: P is computed again from a float32 log-sum-exp, whose
+    rounding, |lse| 2^-24 relative in P, no backward pass that does not keep P can avoid.
+    """
+    groups = q.shape[1] // k.shape[1]
+    repeated = [x.repeat_interleave(groups, 1) for x in (k, v)]
+    visible = _visible(q, k, kv_lengths, 1 if causal else block_causal)
+    scores = _scores(q, repeated[0], visible).float()
+    lse = scores.logsumexp(-1, keepdim=True)
+    p = (scores - lse).exp().masked_fill(~visible, 0.0).to(q.dtype)
+    dp = do @ repeated[1].mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+    dk, dv = (x.unflatten(1, (-1, groups)).sum(2) for x in (ds.mT @ q, p.mT @ do))
+    return ds @ repeated[0], dk, dv
+
+
+def _visible(q: Tensor, k: Tensor, kv_lengths: Tensor | None, block: int | None) -> Tensor:
+    """Return which keys a query sees, [B, 1, Nq, Nk]."""
+    n_q, n_k = q.shape[-2], k.shape[-2]
+    o_k = torch.arange(n_k, device=q.device)
+    visible = torch.ones((q.shape[0], 1, n_q, n_k), dtype=torch.bool, device=q.device)
+    if kv_lengths is not None:
+        visible = visible & (o_k < kv_lengths[:, None, None, None])
+    if block is not None:
+        o_q = torch.arange(n_k - n_q, n_k, device=q.device)[:, None]
+        visible = visible & (o_k // block <= o_q.div(block, rounding_mode="floor"))
+    return visible
+
+
+def _scores(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    return scores.masked_fill(~visible, torch.finfo(q.dtype).min)
