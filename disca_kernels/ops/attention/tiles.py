@@ -14,6 +14,7 @@ class Tile(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 class Tiles(NamedTuple):

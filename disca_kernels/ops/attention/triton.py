@@ -42,19 +42,21 @@ def _described(tensors: Sequence[Tensor | None]) -> list[list[int]] | None:
     return None if any(f is None for f in found) else found
 
 
-def _operands(tensors: Sequence[Tensor | None], tile: Tile) -> tuple[list[Any], bool]:
+def _operands(tensors: Sequence[Tensor | None], axes: str, tile: Tile) -> tuple[list[Any], bool]:
     """Return operands as a kernel takes them, and whether they are descriptors.
 
-    The order is that of q, k, v, ...: the second and third of every three hold keys.
+    `axes` says of each tensor whether its rows are queries, "m", or keys, "n".
     """
     described = _described(tensors)
     if described is None:
         return list(tensors), False
     block_d = padded_dim(tensors[0].shape[-1])
-    height = [tile.block_n if i % 3 else tile.block_m for i in range(len(tensors))]
+    height = {"m": tile.block_m, "n": tile.block_n}
     return [
-        None if x is None else TensorDescriptor(x, list(x.shape), steps, [1, 1, height[i], block_d])
-        for i, (x, steps) in enumerate(zip(tensors, described, strict=True))
+        None
+        if x is None
+        else TensorDescriptor(x, list(x.shape), steps, [1, 1, height[axis], block_d])
+        for x, axis, steps in zip(tensors, axes, described, strict=True)
     ], True
 
 
@@ -120,7 +122,7 @@ def launch_fwd(
     rest = _like(q) if wide and q.element_size() == 2 else None
     tile = tiles_for(capability(q.device), q.shape[3], q.element_size()).fwd
     if o.numel():
-        operands, tma = _operands((q, k, v), tile)
+        operands, tma = _operands((q, k, v), "mnn", tile)
         _attention_fwd_kernel[(triton.cdiv(q.shape[2], tile.block_m) * q.shape[0] * q.shape[1],)](
             *operands, o, rest, lse, dense(kv_lengths),
             *strides(q, k, v), *_sizes(q, k, block, scale),
@@ -140,7 +142,7 @@ def launch_jvp(
     o, lse, o_dot, lse_dot = _like(q), _per_row(q), _like(q), _per_row(q)
     tile = tiles_for(capability(q.device), q.shape[3], q.element_size()).jvp
     if o.numel():
-        operands, tma = _operands((q, k, v, *dots), tile)
+        operands, tma = _operands((q, k, v, *dots), "mnnmnn", tile)
         _attention_jvp_kernel[(triton.cdiv(q.shape[2], tile.block_m) * q.shape[0] * q.shape[1],)](
             *operands, o, lse, o_dot, lse_dot, dense(kv_lengths),
             *strides(q, k, v), *_sizes(q, k, block, scale),
@@ -168,10 +170,10 @@ def launch_tangent(
     o_dot, lse_dot = _like(q), _per_row(q)
     tile = tiles_for(capability(q.device), q.shape[3], q.element_size()).tangent
     if o_dot.numel():
-        operands, tma = _operands((q, k, v, *dots), tile)
+        operands, tma = _operands((q, k, v, *dots, dense(o), dense(rest)), "mnnmnnmm", tile)
         grid = (triton.cdiv(q.shape[2], tile.block_m) * q.shape[0] * q.shape[1],)
         _attention_tangent_kernel[grid](
-            *operands, dense(o), dense(rest), dense(lse), o_dot, lse_dot, dense(kv_lengths),
+            *operands, dense(lse), o_dot, lse_dot, dense(kv_lengths),
             *strides(q, k, v), *_sizes(q, k, block, scale),
             EXACT_O=rest is not None or o.element_size() > 2,
             **_constants(tile, q.shape[3], block, tma),
@@ -196,14 +198,14 @@ def launch_bwd(
     tiles = tiles_for(capability(q.device), q.shape[3], q.element_size())
     numbers = (*strides(q, k, v, do), *_sizes(q, k, block, scale))
     if dq.numel():
-        operands, tma = _operands((q, k, v, do), tiles.dq)
+        operands, tma = _operands((q, k, v, do), "mnnm", tiles.dq)
         grid = (triton.cdiv(q.shape[2], tiles.dq.block_m) * q.shape[0] * q.shape[1],)
         _attention_bwd_kernel_dq[grid](
             *operands, o, lse, dlse, dq, delta, kv_lengths, *numbers,
             **_constants(tiles.dq, q.shape[3], block, tma),
         )  # fmt: skip
     if dk.numel():
-        operands, tma = _operands((q, k, v, do), tiles.dkdv)
+        operands, tma = _operands((q, k, v, do), "mnnm", tiles.dkdv)
         grid = (triton.cdiv(k.shape[2], tiles.dkdv.block_n) * k.shape[0] * k.shape[1],)
         _attention_bwd_kernel_dkdv[grid](
             *operands, lse, delta, dk, dv, kv_lengths, *numbers,

@@ -53,7 +53,9 @@ def _attention_bwd_kernel_dq(
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     factor = scale * LOG2_E
     for TAIL in tl.static_range(2):
-        for start in range(begin if TAIL else 0, stop if TAIL else begin, BLOCK_N):
+        for start in tl.range(
+            begin if TAIL else 0, stop if TAIL else begin, BLOCK_N, disable_licm=True
+        ):
             # [BLOCK_N, BLOCK_D]; K multiplies dS, where 0 times what is beyond the keys must be 0.
             b_k = load_rows(
                 k, i_b, i_hk, start, n_keys, stride_kb, stride_kh, stride_kn,
@@ -121,7 +123,9 @@ def _attention_bwd_kernel_dkdv(
     for i_h in range(i_hk * GROUP, i_hk * GROUP + GROUP):
         row = (i_b * H + i_h) * NQ
         for WHOLE in tl.static_range(2):
-            for start in range(whole if WHOLE else begin, NQ if WHOLE else whole, BLOCK_M):
+            for start in tl.range(
+                whole if WHOLE else begin, NQ if WHOLE else whole, BLOCK_M, disable_licm=True
+            ):
                 # [BLOCK_M, BLOCK_D]
                 b_q = load_rows(
                     q, i_b, i_h, start, NQ, stride_qb, stride_qh, stride_qn,

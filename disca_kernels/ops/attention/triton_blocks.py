@@ -31,17 +31,19 @@ def load_rows(
         )
         if not WHOLE:
             b = tl.where((o_n < stop - first)[:, None], b, 0.0)
-        return b
-    o_d = tl.arange(0, BLOCK_D)
-    # Offsets inside the block are 32 bits wide, to save registers: layout.rows sees to that.
-    p = x + i_b * stride_b + i_h * stride_h + tl.cast(first, tl.int64) * stride_n
-    p = p + o_n[:, None] * stride_n + o_d[None, :]
-    if WHOLE and D == BLOCK_D:
-        return tl.load(p)
-    m = (o_d < D)[None, :]
-    if not WHOLE:
-        m = m & (o_n < stop - first)[:, None]
-    return tl.load(p, mask=m, other=0.0)
+    else:
+        o_d = tl.arange(0, BLOCK_D)
+        # Offsets inside the block are 32 bits wide, to save registers: layout.rows sees to that.
+        p = x + i_b * stride_b + i_h * stride_h + tl.cast(first, tl.int64) * stride_n
+        p = p + o_n[:, None] * stride_n + o_d[None, :]
+        if WHOLE and D == BLOCK_D:
+            b = tl.load(p)
+        else:
+            m = (o_d < D)[None, :]
+            if not WHOLE:
+                m = m & (o_n < stop - first)[:, None]
+            b = tl.load(p, mask=m, other=0.0)
+    return b
 
 
 @triton.jit

@@ -54,7 +54,9 @@ def _attention_jvp_kernel(
     b_t = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     factor = scale * LOG2_E
     for TAIL in tl.static_range(2):
-        for start in range(begin if TAIL else 0, stop if TAIL else begin, BLOCK_N):
+        for start in tl.range(
+            begin if TAIL else 0, stop if TAIL else begin, BLOCK_N, disable_licm=True
+        ):
             # [BLOCK_N, BLOCK_D]
             b_k = load_rows(
                 k, i_b, i_hk, start, n_keys, stride_kb, stride_kh, stride_kn,

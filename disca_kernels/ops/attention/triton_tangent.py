@@ -8,7 +8,6 @@ from disca_kernels.ops.attention.triton_blocks import (
     LOG2_E,
     key_limits,
     key_range,
-    load_dense,
     load_rows,
     program,
     scores_dot,
@@ -22,18 +21,18 @@ KAPPA = tl.constexpr(1.0)
 
 
 @triton.jit
-def _misses(delta, m2, norm_o, norm_o_dot, EXACT_O: tl.constexpr):
-    """Return for each row whether its centre is too far off, all quantities but delta squared."""
-    missed = delta * delta * norm_o > KAPPA * KAPPA * norm_o_dot
+def _misses(delta, m2, b_o, b_o_dot, EXACT_O: tl.constexpr):
+    """Return for each row whether its centre is too far off."""
+    square = delta * delta
+    missed = square * tl.sum(b_o * b_o, 1) > KAPPA * KAPPA * tl.sum(b_o_dot * b_o_dot, 1)
     if EXACT_O:
-        spread = tl.maximum(m2 - delta * delta, 0.0)
-        missed = missed & (delta * delta > TAU * TAU * spread)
+        missed = missed & (square > TAU * TAU * tl.maximum(m2 - square, 0.0))
     return missed
 
 
 @triton.jit
 def _attention_tangent_kernel(
-    q, k, v, q_dot, k_dot, v_dot, p_o, p_rest, p_lse, p_o_dot, p_lse_dot, p_lengths,
+    q, k, v, q_dot, k_dot, v_dot, o, rest, p_lse, p_o_dot, p_lse_dot, p_lengths,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, H, GROUP, NQ, NK, block, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -69,78 +68,85 @@ def _attention_tangent_kernel(
     b_lse = tl.where(b_lse == -float("inf"), float("inf"), b_lse)
     b_c = tl.zeros([BLOCK_M], tl.float32)
     factor = scale * LOG2_E
-    b_k_dot = None
-    if HAS_S_DOT:
-        b_k = load_rows(
-            k, i_b, i_hk, 0, n_keys, stride_kb, stride_kh, stride_kn,
-            D, BLOCK_N, BLOCK_D, TMA, TMA,
-        )  # fmt: skip
-        if k_dot is not None:
-            b_k_dot = load_rows(
-                k_dot, i_b, i_hk, 0, n_keys, stride_kb, stride_kh, stride_kn,
-                D, BLOCK_N, BLOCK_D, TMA, TMA,
-            )  # fmt: skip
-        # [BLOCK_M, BLOCK_N]
-        b_seen = o_n[None, :] < b_limit[:, None]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * factor - b_lse[:, None]
-        b_p = tl.exp2(tl.where(b_seen, b_s, -float("inf")))
-        b_h = scores_dot(b_q, b_q_dot, b_k, b_k_dot, BLOCK_M, BLOCK_N) * scale
-        weight = tl.sum(b_p, 1)
-        b_c = tl.sum(b_p * tl.where(b_seen, b_h, 0.0), 1) / tl.where(weight > 0, weight, 1.0)
-    b_t = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    i_pass, passes = 0, 1
-    while i_pass < passes:
-        b_t = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        b_m1 = tl.zeros([BLOCK_M], tl.float32)
-        b_m2 = tl.zeros([BLOCK_M], tl.float32)
-        for TAIL in tl.static_range(2):
-            for start in range(begin if TAIL else 0, stop if TAIL else begin, BLOCK_N):
-                # [BLOCK_N, BLOCK_D]
-                b_k = load_rows(
-                    k, i_b, i_hk, start, n_keys, stride_kb, stride_kh, stride_kn,
-                    D, BLOCK_N, BLOCK_D, TMA, TMA or not TAIL,
-                )  # fmt: skip
-                # [BLOCK_M, BLOCK_N]
-                b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * factor - b_lse[:, None]
-                b_seen = (start + o_n)[None, :] < b_limit[:, None]
-                if TAIL:
-                    b_s = tl.where(b_seen, b_s, -float("inf"))
-                b_p = tl.exp2(b_s)
-                if HAS_S_DOT:
-                    if k_dot is not None:
-                        b_k_dot = load_rows(
-                            k_dot, i_b, i_hk, start, n_keys, stride_kb, stride_kh, stride_kn,
-                            D, BLOCK_N, BLOCK_D, TMA, TMA or not TAIL,
-                        )  # fmt: skip
-                    b_h = scores_dot(b_q, b_q_dot, b_k, b_k_dot, BLOCK_M, BLOCK_N)
-                    b_h = b_h * scale - b_c[:, None]
-                    if TAIL:
-                        b_h = tl.where(b_seen, b_h, 0.0)
-                    b_w = b_p * b_h
-                    b_m1 += tl.sum(b_w, 1)
-                    b_m2 += tl.sum(b_w * b_h, 1)
+    stride_ob = tl.cast(H, tl.int64) * NQ * D
+    again = 1
+    # Three passes in one loop, not in a prologue and a `while`: the compiler would hoist more
+    # addresses out of those than the registers can hold.
+    for i_pass in tl.range(0 if HAS_S_DOT else 1, 3, num_stages=1, disable_licm=True):
+        if again > 0:
+            end = tl.where(i_pass == 0, tl.minimum(stop, BLOCK_N), stop)
+            b_t = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            b_m1 = tl.zeros([BLOCK_M], tl.float32)
+            b_m2 = tl.zeros([BLOCK_M], tl.float32)
+            b_l = tl.zeros([BLOCK_M], tl.float32)
+            for TAIL in tl.static_range(2):
+                for start in tl.range(
+                    begin if TAIL else 0,
+                    end if TAIL else tl.minimum(begin, end),
+                    BLOCK_N,
+                    disable_licm=True,
+                ):
                     # [BLOCK_N, BLOCK_D]
-                    b_v = load_rows(
-                        v, i_b, i_hk, start, n_keys, stride_vb, stride_vh, stride_vn,
-                        D, BLOCK_N, BLOCK_D, TMA, not TAIL,
+                    b_k = load_rows(
+                        k, i_b, i_hk, start, n_keys, stride_kb, stride_kh, stride_kn,
+                        D, BLOCK_N, BLOCK_D, TMA, TMA or not TAIL,
                     )  # fmt: skip
-                    b_t = tl.dot(b_w.to(b_v.dtype), b_v, b_t, input_precision="ieee")
-                if v_dot is not None:
-                    b_v_dot = load_rows(
-                        v_dot, i_b, i_hk, start, n_keys, stride_vb, stride_vh, stride_vn,
-                        D, BLOCK_N, BLOCK_D, TMA, not TAIL,
-                    )  # fmt: skip
-                    b_t = tl.dot(b_p.to(b_v_dot.dtype), b_v_dot, b_t, input_precision="ieee")
-        again = 0
-        if HAS_S_DOT:
-            b_o = load_dense(p_o, row, NQ - first, D, BLOCK_M, BLOCK_D)
-            if p_rest is not None:
-                b_o += load_dense(p_rest, row, NQ - first, D, BLOCK_M, BLOCK_D)
-            b_t -= b_m1[:, None] * b_o
-            missed = _misses(b_m1, b_m2, tl.sum(b_o * b_o, 1), tl.sum(b_t * b_t, 1), EXACT_O)
-            again = tl.max(missed.to(tl.int32), 0)
-            b_c += b_m1
-        passes = tl.where(i_pass == 0, 1 + again, passes)
-        i_pass += 1
-    tl.store(p_lse_dot + o_row, b_c, mask=m_m)
-    store_dense(p_o_dot, b_t, row, NQ - first, D, BLOCK_M, BLOCK_D)
+                    # [BLOCK_M, BLOCK_N]
+                    b_s = (
+                        tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * factor - b_lse[:, None]
+                    )
+                    b_seen = (start + o_n)[None, :] < b_limit[:, None]
+                    if TAIL:
+                        b_s = tl.where(b_seen, b_s, -float("inf"))
+                    b_p = tl.exp2(b_s)
+                    if HAS_S_DOT:
+                        b_k_dot = None
+                        if k_dot is not None:
+                            b_k_dot = load_rows(
+                                k_dot, i_b, i_hk, start, n_keys, stride_kb, stride_kh, stride_kn,
+                                D, BLOCK_N, BLOCK_D, TMA, TMA or not TAIL,
+                            )  # fmt: skip
+                        b_h = scores_dot(b_q, b_q_dot, b_k, b_k_dot, BLOCK_M, BLOCK_N)
+                        b_h = b_h * scale - b_c[:, None]
+                        if TAIL:
+                            b_h = tl.where(b_seen, b_h, 0.0)
+                        b_l += tl.sum(b_p, 1)
+                        b_w = b_p * b_h
+                        b_m1 += tl.sum(b_w, 1)
+                        b_m2 += tl.sum(b_w * b_h, 1)
+                        # [BLOCK_N, BLOCK_D]
+                        b_v = load_rows(
+                            v, i_b, i_hk, start, n_keys, stride_vb, stride_vh, stride_vn,
+                            D, BLOCK_N, BLOCK_D, TMA, not TAIL,
+                        )  # fmt: skip
+                        b_t = tl.dot(b_w.to(b_v.dtype), b_v, b_t, input_precision="ieee")
+                    if v_dot is not None:
+                        b_v_dot = load_rows(
+                            v_dot, i_b, i_hk, start, n_keys, stride_vb, stride_vh, stride_vn,
+                            D, BLOCK_N, BLOCK_D, TMA, not TAIL,
+                        )  # fmt: skip
+                        b_t = tl.dot(b_p.to(b_v_dot.dtype), b_v_dot, b_t, input_precision="ieee")
+            if i_pass == 0:
+                b_c = b_m1 / tl.where(b_l > 0, b_l, 1.0)
+            else:
+                again = 0
+                if HAS_S_DOT:
+                    # Read as the operands are: a descriptor's tile goes from shared memory straight
+                    # to where the accumulator's elements lie, without more registers on the way.
+                    if rest is not None:
+                        b_rest = load_rows(
+                            rest, i_b, i_h, first, NQ, stride_ob, NQ * D, D,
+                            D, BLOCK_M, BLOCK_D, TMA, TMA,
+                        )  # fmt: skip
+                        b_t -= b_m1[:, None] * b_rest.to(tl.float32)
+                    b_o = load_rows(
+                        o, i_b, i_h, first, NQ, stride_ob, NQ * D, D,
+                        D, BLOCK_M, BLOCK_D, TMA, TMA,
+                    ).to(tl.float32)  # fmt: skip
+                    b_t -= b_m1[:, None] * b_o
+                    missed = _misses(b_m1, b_m2, b_o, b_t, EXACT_O)
+                    again = tl.max(missed.to(tl.int32), 0)
+                    b_c += b_m1
+                # In every pass: an accumulator that outlived the loop would cost its registers.
+                tl.store(p_lse_dot + o_row, b_c, mask=m_m)
+                store_dense(p_o_dot, b_t, row, NQ - first, D, BLOCK_M, BLOCK_D)
