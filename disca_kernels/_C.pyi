@@ -115,3 +115,20 @@ def attention_bwd_cpu(
     isa: str,
     threads: int,
 ) -> None: ...
+
+# Address, sizes of B, heads and N, their strides. Only where the build has code for sm_90a.
+_Tensor = tuple[int, tuple[int, int, int], tuple[int, int, int]]
+
+def attention_jvp_cuda(
+    *,
+    dtype: str,
+    primals: tuple[_Tensor, _Tensor, _Tensor],
+    tangents: tuple[_Tensor | None, _Tensor | None, _Tensor | None],
+    lengths: int,
+    scale: float,
+    o: int,
+    lse: int,
+    o_dot: int,
+    lse_dot: int,
+    stream: int,
+) -> None: ...

@@ -236,13 +236,10 @@ DISCA_DEVICE void mask(float (&d)[32], float value, int n_valid, int lane) {
 
 // P of a tile from S, in place; returns in alpha the factor of everything accumulated before.
 template <typename M>
-DISCA_DEVICE void exponentiate(State& x, float (&s)[32], float (&alpha)[2], float scale_log2) {
+DISCA_DEVICE void exponentiate(State& x, float (&s)[32], float (&alpha)[2]) {
   float top[2] = {x.m[0], x.m[1]};
   DISCA_UNROLL
-  for (int i = 0; i < 32; ++i) {
-    s[i] *= scale_log2;
-    top[row_of(i)] = M::max(top[row_of(i)], s[i]);
-  }
+  for (int i = 0; i < 32; ++i) top[row_of(i)] = M::max(top[row_of(i)], s[i]);
   DISCA_UNROLL
   for (int r = 0; r < 2; ++r) {
     top[r] = quad_max<M>(top[r]);
@@ -339,7 +336,7 @@ template <typename M, typename V>
 DISCA_DEVICE void consume(const Problem& p, std::uint32_t base, int group, int first_query,
                           std::int64_t i_bh, int n_keys, int n_tiles) {
   using L = Layout<V>;
-  constexpr float kLog2E = 1.4426950408889634f;
+  const float scale_log2 = p.scale * 1.4426950408889634f;
   const int consumer = M::thread() - (kThreads - kConsumers), lane = consumer % 32;
   const std::uint32_t q = base + L::kQ + group * kChunks * kPanel;
   const std::uint32_t q_dot = base + L::kQDot + group * kChunks * kPanel;
@@ -365,8 +362,11 @@ DISCA_DEVICE void consume(const Problem& p, std::uint32_t base, int group, int f
     M::commit();
     if (group == 0 || tile + 1 < n_tiles) M::named_arrive(kTurn + 1 - group, kConsumers);
     M::template wait_groups<1>(s);
+    // Before the mask: the scale may be negative or 0.
+    DISCA_UNROLL
+    for (int i = 0; i < 32; ++i) s[i] *= scale_log2;
     if (n_valid < kBlockN) mask(s, -M::infinity(), n_valid, lane);
-    exponentiate<M>(x, s, alpha, p.scale * kLog2E);
+    exponentiate<M>(x, s, alpha);
     DISCA_UNROLL
     for (int i = 0; i < 64; ++i) {
       x.o[i] *= alpha[row_of(i)];

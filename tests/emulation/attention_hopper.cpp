@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the Hopper attention kernel on the emulated machine; tests load this as a library.
 #include <cstring>
+#include <type_traits>
 
 #include "attention/attention_cuda_kernel.h"
 #include "hopper_machine.h"
@@ -154,11 +155,15 @@ void run_variant(const Call& call) {
 template <typename E>
 void run_dtype(const Call& call) {
   const auto has = [&call](int i) { return call.operands[3 + i].data != nullptr; };
-  if (has(0) && has(1) && has(2)) return run_variant<hopper::Variant<E, true, true, true>>(call);
-  if (has(0) && !has(1) && !has(2)) return run_variant<hopper::Variant<E, true, false, false>>(call);
-  if (!has(0) && has(1) && !has(2)) return run_variant<hopper::Variant<E, false, true, false>>(call);
-  if (!has(0) && !has(1) && has(2)) return run_variant<hopper::Variant<E, false, false, true>>(call);
-  emulation::fail("this combination of tangents is not emulated");
+  const auto with = [&call](auto q, auto k, auto v) {
+    run_variant<hopper::Variant<E, q(), k(), v()>>(call);
+  };
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  if (has(0) && has(1)) return has(2) ? with(yes, yes, yes) : with(yes, yes, no);
+  if (has(0)) return has(2) ? with(yes, no, yes) : with(yes, no, no);
+  if (has(1)) return has(2) ? with(no, yes, yes) : with(no, yes, no);
+  with(no, no, yes);
 }
 
 }  // namespace
@@ -166,7 +171,11 @@ void run_dtype(const Call& call) {
 // Returns 0, or 1 with the reason in `message`.
 extern "C" int disca_emulate(const Call* call, char* message, std::size_t size) {
   try {
-    call->half != 0 ? run_dtype<Float16>(*call) : run_dtype<BFloat16>(*call);
+    if (call->half != 0) {
+      run_dtype<Float16>(*call);
+    } else {
+      run_dtype<BFloat16>(*call);
+    }
     return 0;
   } catch (const std::exception& error) {
     std::strncpy(message, error.what(), size - 1);

@@ -37,14 +37,15 @@ void Block::run(const std::function<void()>& body) {
     bool all_done = true, stalled = false;
     std::shuffle(order.begin(), order.end(), random_);
     for (const int i : order) {
+      const auto first = threads_.begin() + 32 * i;
+      if (std::all_of(first, first + 32, [](const Thread& t) { return t.done; })) continue;
+      all_done = false;
       if (chance(random_) < timing_.stall_probability) {
         stalled = true;
-        all_done = false;
         continue;
       }
       for (current_ = 32 * i; current_ < 32 * i + 32; ++current_) {
         if (self().done) continue;
-        all_done = false;
         swapcontext(&main_, &self().context);
         if (error_) std::rethrow_exception(error_);
       }
@@ -361,9 +362,9 @@ std::uint32_t operand_address(std::uint64_t descriptor, bool rows_along_mn, int 
   return linear ^ (linear >> 7 & 7) << 4;
 }
 
-// Rows first_row .. first_row + 15 of D = A B + D are those of one warp. Element i of a lane of D is
-// row lane / 4 + 8 * (i / 2 % 2), column 8 * (i / 4) + 2 * (lane % 4) + i % 2; element i of A in
-// registers is row lane / 4 + 8 * (i / 2 % 2), column 8 * (i / 4) + 2 * (lane % 4) + i % 2 as well.
+// Rows first_row .. first_row + 15 of D = A B + D are those of one warp. Element i of a lane,
+// in D as in A in registers, is row lane / 4 + 8 (i / 2 % 2) and
+// column 8 (i / 4) + 2 (lane % 4) + i % 2.
 void Block::perform(const WarpProduct& work, int first_row) {
   const Product& p = work.product;
   float a[16][16];

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // A machine for csrc/attention/attention_cuda_kernel.h that runs on the host: one block of threads
-// in lockstep warps, shared memory, the tensor copy engine, transaction barriers, named barriers and
-// warpgroup products, as the PTX ISA describes them. What the device leaves undefined is an error
-// here or shows as NaN: shared memory is poisoned when a copy into it starts, accumulators while
-// products own them, and operands in shared memory are read as late, or as early, as the rules allow.
+// in lockstep warps, shared memory, the tensor copy engine, transaction barriers, named barriers
+// and warpgroup products, as the PTX ISA describes them. What the device leaves undefined is an
+// error here or shows as NaN: shared memory is poisoned when a copy into it starts, accumulators
+// while products own them, and operands in shared memory are read as late, or as early, as allowed.
 #pragma once
 
 #include <ucontext.h>
