@@ -90,8 +90,8 @@ constexpr std::int64_t kTasksPerThread = 32;
 void run(const Job& job, int threads) {
   std::int64_t most_tasks = 1;
   for (int i = 0; i < job.n_stages; ++i) most_tasks = std::max(most_tasks, job.stages[i].tasks);
-  const std::int64_t main_tasks = std::max<std::int64_t>(job.stages[1].tasks, 1);
-  const std::int64_t wanted = (threads * kTasksPerThread + main_tasks - 1) / main_tasks;
+  const std::int64_t tasks = std::max<std::int64_t>(job.tasks, 1);
+  const std::int64_t wanted = (threads * kTasksPerThread + tasks - 1) / tasks;
   const std::int64_t wave = std::min<std::int64_t>({wanted, threads, job.n_heads});
   const std::int64_t team = std::min<std::int64_t>(threads, wave * most_tasks);
   const std::int64_t head_floats = aligned(job.head_floats);

@@ -23,8 +23,9 @@ struct Operand {
   std::int64_t stride_n = 0;
 };
 
-// Query head h reads key head h / (n_heads / n_kv_heads). Query i sees the keys below its limit: the
-// number of valid keys and, if block > 0, (floor((i + n_keys - n_queries) / block) + 1) * block.
+// Query head h reads key head h / (n_heads / n_kv_heads). Query i sees the keys below its limit:
+// the number of valid keys and, if block > 0, those of its block and of the blocks before it,
+// (floor((i + n_keys - n_queries) / block) + 1) * block.
 struct Problem {
   std::int64_t n_batch, n_heads, n_kv_heads, n_queries, n_keys, head_dim;
   std::int64_t block;
@@ -63,13 +64,14 @@ struct Stage {
               float* thread_scratch);
 };
 
-constexpr int kMaxStages = 3;
+constexpr int kMaxStages = 4;
 
 struct Job {
   const void* params;
   std::int64_t n_heads;        // batch * key heads
   std::int64_t head_floats;    // scratch that the tasks of one head share
   std::int64_t thread_floats;  // scratch of one thread
+  std::int64_t tasks;          // of one head in the stage that takes most of the time
   int n_stages;
   Stage stages[kMaxStages];
 };

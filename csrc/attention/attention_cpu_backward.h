@@ -15,6 +15,9 @@ namespace {
 // memory of the parts.
 constexpr std::int64_t kWantedTasks = 64;
 constexpr std::int64_t kMaxChunks = 8;
+// Rounding lse to float32 moves all weights of a row together. With this few rows in a sum that
+// shows beside eager float32, so the weights are summed anew; with more it averages out.
+constexpr std::int64_t kFewQueries = 512;
 
 template <class E>
 struct BackwardLayout : Layout<E> {
@@ -40,7 +43,7 @@ struct BackwardLayout : Layout<E> {
     do_rows = take(tiles * rows_tile);
     q = take(tiles * natural_tile);
     d_o = take(tiles * natural_tile);
-    statistics = take(tiles * this->tile_rows * 3);
+    statistics = take(tiles * this->tile_rows * 4);
     parts = take(n_chunks * tiles * part_tile);
     head_elements = next;
     next = 0;
@@ -62,10 +65,10 @@ struct BackwardLayout : Layout<E> {
   std::int64_t s, dp, p_transposed, ds_transposed, ds, dk, dv, thread_elements;
 };
 
-// What the weights of a row of queries need: the log-sum-exp in base 2 as a sum of two floats, and
-// delta = rowsum(dO * O) - dlse.
+// What the weights of a row of queries need: P = factor * 2^(s - base), both from the log-sum-exp,
+// delta = rowsum(dO * O) - dlse, and what rounding lse may have moved the weights by, relatively.
 struct RowStatistics {
-  float lse, lse_rest, delta;
+  float base, factor, delta, doubt;
 };
 
 template <class E>
@@ -89,8 +92,11 @@ void pack_query_tile(const BackwardParams& p, const BackwardLayout<E>& layout, s
     const std::int64_t index = row_index(problem, b, h, first + r);
     const double lse = p.lse[index] * kLog2E;
     // Without weight: +inf makes every weight 0.
-    statistics[r].lse = lse == -kInfinity ? kInfinity : static_cast<float>(lse);
-    statistics[r].lse_rest = lse == -kInfinity ? 0.0f : static_cast<float>(lse - statistics[r].lse);
+    const float base = lse == -kInfinity ? kInfinity : Base::above(static_cast<float>(lse));
+    statistics[r].base = base;
+    statistics[r].factor = 0;
+    if (base < kInfinity) statistics[r].factor = static_cast<float>(__builtin_exp2(base - lse));
+    statistics[r].doubt = static_cast<float>((1 + (lse < 0 ? -lse : lse)) * 0x1p-23);
     float delta = p.dlse == nullptr ? 0.0f : -p.dlse[index];
     const Source o = block_of(p.o, problem.dtype, b, h, first + r, 1);
     with_type(problem.dtype, [&](auto tag) {
@@ -134,8 +140,9 @@ void pack_backward(const void* params, std::int64_t head, std::int64_t task, flo
 template <class E>
 inline void gradient_row(const RowStatistics& row, float* s, float* dp, std::int64_t n,
                          std::int64_t n_padded, float factor) {
+  const Base base(row.base);
   for (std::int64_t i = 0; i < n; i += kVec) {
-    Vec weight = exp2((load(s + i) * factor - row.lse) - row.lse_rest);
+    Vec weight = base.weight(load(s + i), factor) * row.factor;
     Vec ds = weight * (load(dp + i) - row.delta);
     if (i + kVec > n) {
       weight = first_lanes(weight, n - i, 0.0f);
@@ -167,7 +174,7 @@ struct Chunk {
   const BackwardLayout<E> layout;
   const E* packed;
   float *part, *scratch;
-  const RowStatistics* statistics;
+  RowStatistics* statistics;
   Factors<E> factors;
   std::int64_t b, h, n_valid;
 
@@ -179,7 +186,7 @@ struct Chunk {
         packed(reinterpret_cast<const E*>(head_scratch)),
         part(head_scratch + layout.parts + chunk * layout.tiles * layout.part_tile),
         scratch(thread_scratch),
-        statistics(reinterpret_cast<const RowStatistics*>(head_scratch + layout.statistics)),
+        statistics(reinterpret_cast<RowStatistics*>(head_scratch + layout.statistics)),
         factors(p.problem.scale),
         b(head / p.problem.n_kv_heads),
         h(head % p.problem.n_kv_heads),
@@ -196,40 +203,53 @@ struct Chunk {
         store(dk + i, Vec{});
         store(dv + i, Vec{});
       }
-      for (std::int64_t tile = 0; n > 0 && tile < layout.tiles; ++tile) query_tile(block, tile, n);
+      for (std::int64_t tile = 0; tile < layout.tiles; ++tile) query_tile(block, tile);
       store_block(params.dk, dk, start, n, problem.scale);
       store_block(params.dv, dv, start, n, 1.0);
     }
   }
 
+  RowStatistics& row(std::int64_t tile, std::int64_t r) const {
+    return statistics[tile * layout.tile_rows + r];
+  }
+
+  // Queries in a tile.
+  std::int64_t rows_of(std::int64_t tile) const {
+    return least(problem.n_queries - tile % layout.n_tiles * kTileQueries, kTileQueries);
+  }
+
+  // How many keys of a block a row of a tile sees.
+  std::int64_t seen(std::int64_t tile, std::int64_t r, std::int64_t block) const {
+    const std::int64_t i = tile % layout.n_tiles * kTileQueries + r;
+    const std::int64_t limit = key_limit(problem, i, n_valid) - block * kTileKeys;
+    return most(least(limit, kTileKeys), 0);
+  }
+
+  // Products of the rows packed at `a` with the first n keys of a block, packed at `keys`.
+  void score(std::int64_t a, std::int64_t tile, std::int64_t keys, std::int64_t block,
+             std::int64_t n, float* out) const {
+    multiply<E, 1, kRows>(packed + a + tile * layout.rows_tile, kRows * layout.depth,
+                          ceil_div(rows_of(tile), kRows),
+                          packed + keys + block * layout.transposed_block, layout.depth * kPanel,
+                          ceil_div(n, kPanel) * 2, layout.depth, out, kTileKeys, false);
+  }
+
   // Adds what a tile of queries gives to dK, dV and dQ.
-  void query_tile(std::int64_t block, std::int64_t tile, std::int64_t n_present) {
-    const std::int64_t start = block * kTileKeys, first = tile % layout.n_tiles * kTileQueries;
-    const std::int64_t rows = least(problem.n_queries - first, kTileQueries);
-    const std::int64_t last = key_limit(problem, first + rows - 1, n_valid) - start;
-    const std::int64_t n = least(last, n_present);
-    if (n <= 0) return;
+  void query_tile(std::int64_t block, std::int64_t tile) {
+    const std::int64_t rows = rows_of(tile), n = seen(tile, rows - 1, block);
+    if (n == 0) return;
     float *s = scratch + layout.s, *dp = scratch + layout.dp;
-    const std::int64_t groups = ceil_div(rows, kRows);
-    const auto score = [&](std::int64_t a, std::int64_t keys, float* out) {
-      multiply<E, 1, kRows>(packed + a + tile * layout.rows_tile, kRows * layout.depth, groups,
-                            packed + keys + block * layout.transposed_block, layout.depth * kPanel,
-                            ceil_div(n, kPanel) * 2, layout.depth, out, kTileKeys, false);
-    };
-    score(layout.q_rows, layout.k_transposed, s);
-    score(layout.do_rows, layout.v_transposed, dp);
-    // dK and dV of the block are whole: columns that this tile does not see are 0.
-    const std::int64_t n_padded = kTileKeys;
-    for (std::int64_t r = 0; r < groups * kRows; ++r) {
-      const std::int64_t limit = r < rows ? key_limit(problem, first + r, n_valid) - start : 0;
-      gradient_row<E>(statistics[tile * layout.tile_rows + r], s + r * kTileKeys,
-                      dp + r * kTileKeys, most(least(limit, n), 0), n_padded, factors.score);
+    score(layout.q_rows, tile, layout.k_transposed, block, n, s);
+    score(layout.do_rows, tile, layout.v_transposed, block, n, dp);
+    for (std::int64_t r = 0; r < round_up(rows, kRows); ++r) {
+      gradient_row<E>(row(tile, r), s + r * kTileKeys, dp + r * kTileKeys,
+                      r < rows ? seen(tile, r, block) : 0, kTileKeys, factors.score);
     }
-    products(block, tile, groups, n);
+    products(block, tile, round_up(rows, kRows), n);
   }
 
   // dV += P^T dO, dK += dS^T Q, dQ += dS K
-  void products(std::int64_t block, std::int64_t tile, std::int64_t groups, std::int64_t n) {
+  void products(std::int64_t block, std::int64_t tile, std::int64_t rows, std::int64_t n) {
     constexpr int kStride = Layout<E>::kKeySteps;
     constexpr int kPerStep = Element<E>::kPerStep;
     float *s = scratch + layout.s, *dp = scratch + layout.dp;
@@ -240,12 +260,12 @@ struct Chunk {
       Pair* p_pairs = reinterpret_cast<Pair*>(scratch + layout.p_transposed);
       Pair* ds_pairs = reinterpret_cast<Pair*>(scratch + layout.ds_transposed);
       Pair* ds_rows = reinterpret_cast<Pair*>(scratch + layout.ds);
-      for (std::int64_t r = 0; r < groups * kRows; r += 2) {
+      for (std::int64_t r = 0; r < rows; r += 2) {
         const std::int64_t row = r * kTileKeys;
         interleave(s + row, s + row + kTileKeys, kTileKeys, p_pairs + row / 2);
         interleave(dp + row, dp + row + kTileKeys, kTileKeys, ds_pairs + row / 2);
       }
-      for (std::int64_t i = 0; i < groups * kRows * kTileKeys; i += kVec) {
+      for (std::int64_t i = 0; i < rows * kTileKeys; i += kVec) {
         store_operand(ds_rows, i, load(dp + i));
       }
       p_transposed = p_pairs;
@@ -253,7 +273,7 @@ struct Chunk {
       ds = ds_rows;
     }
 #endif
-    const std::int64_t vectors = layout.width / kVec, steps = groups * kRows / kPerStep;
+    const std::int64_t vectors = layout.width / kVec, steps = rows / kPerStep;
     const auto gradient = [&](const E* a, std::int64_t values, float* out) {
       multiply<E, 1, kTileKeys>(a, kRows, ceil_div(n, kRows),
                                 packed + values + tile * layout.natural_tile,
@@ -262,7 +282,7 @@ struct Chunk {
     };
     gradient(p_transposed, layout.d_o, scratch + layout.dv);
     gradient(ds_transposed, layout.q, scratch + layout.dk);
-    multiply<E, kStride, 1>(ds, kRows * kStride, groups,
+    multiply<E, kStride, 1>(ds, kRows * kStride, rows / kRows,
                             packed + layout.k + block * layout.natural_block, kStride * kPanel,
                             vectors, ceil_div(n, kPerStep), part + tile * layout.part_tile,
                             layout.width, true);
@@ -281,6 +301,38 @@ struct Chunk {
     }
   }
 };
+
+// Makes the weights of a tile's rows sum to 1, if they miss it by no more than lse was rounded.
+template <class E>
+void normalise_tile(const void* params, std::int64_t head, std::int64_t tile, float* head_scratch,
+                    float* thread_scratch) {
+  const BackwardParams& p = *static_cast<const BackwardParams*>(params);
+  const Chunk<E> chunk(p, head, 0, head_scratch, thread_scratch);
+  const auto& layout = chunk.layout;
+  const std::int64_t rows = chunk.rows_of(tile);
+  float sums[kTileQueries] = {};
+  for (std::int64_t block = 0; block < layout.n_blocks; ++block) {
+    const std::int64_t n = chunk.seen(tile, rows - 1, block);
+    if (n == 0) break;
+    float* s = thread_scratch + layout.s;
+    chunk.score(layout.q_rows, tile, layout.k_transposed, block, n, s);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const std::int64_t seen = chunk.seen(tile, r, block);
+      const Base base(chunk.row(tile, r).base);
+      Vec sum = {};
+      for (std::int64_t i = 0; i < seen; i += kVec) {
+        const Vec weight = base.weight(load(s + r * kTileKeys + i), chunk.factors.score);
+        sum += i + kVec > seen ? first_lanes(weight, seen - i, 0.0f) : weight;
+      }
+      sums[r] += horizontal_sum(sum);
+    }
+  }
+  for (std::int64_t r = 0; r < rows; ++r) {
+    RowStatistics& row = chunk.row(tile, r);
+    const float error = sums[r] * row.factor - 1;
+    if (error * error <= row.doubt * row.doubt) row.factor = 1 / sums[r];
+  }
+}
 
 template <class E>
 void backward_chunk(const void* params, std::int64_t head, std::int64_t task, float* head_scratch,
@@ -317,13 +369,16 @@ void add_parts(const void* params, std::int64_t head, std::int64_t tile, float* 
 template <class E>
 Job backward_job_of(const BackwardParams& p) {
   const BackwardLayout<E> layout(p.problem);
+  const bool few = p.problem.dtype == Dtype::kFloat32 && p.problem.n_queries <= kFewQueries;
   return {&p,
           p.problem.n_batch * p.problem.n_kv_heads,
           // Without keys there is no part, and dQ is written from here all the same.
           layout.head_elements + layout.tiles * layout.part_tile,
           layout.thread_elements,
-          3,
+          layout.n_chunks,
+          4,
           {{layout.n_blocks + layout.tiles, pack_backward<E>},
+           {few ? layout.tiles : 0, normalise_tile<E>},
            {layout.n_chunks, backward_chunk<E>},
            {layout.tiles, add_parts<E>}}};
 }

@@ -15,12 +15,12 @@ constexpr float kKappa = 1.0f;
 
 // The running state of one row of queries.
 struct Row {
-  float m = -kInfinity;  // largest score so far, base 2
-  float l = 0;           // sum of the weights 2^(s - m)
-  float c = 0;           // weighted mean of the scores' tangents
-  float alpha = 1;       // by which the last block scaled the sums
-  float moved = 0;       // by which the last block moved c
-  float m1 = 0, m2 = 0;  // tangent alone: weighted sums of s_dot - c and its square
+  float base = -kInfinity;  // see Base; scores are in base 2
+  float l = 0;              // sum of the weights 2^(s - base)
+  float c = 0;              // weighted mean of the scores' tangents
+  float alpha = 1;          // by which the last block scaled the sums
+  float moved = 0;          // by which the last block moved c
+  float m1 = 0, m2 = 0;     // tangent alone: weighted sums of s_dot - c and its square
   std::int32_t has_centre = 0;
 };
 
@@ -90,14 +90,15 @@ inline void online_row(Row& row, float* s, float* s_dot, E* p, E* h, std::int64_
     top = maximum(top, x);
   }
   const float largest = horizontal_max(top) * factors.score;
-  const float m = largest > row.m ? largest : row.m;
-  const float base = m == -kInfinity ? 0.0f : m;  // -inf - -inf must not become NaN
-  if (m != row.m) row.alpha = exp2(broadcast(row.m - base))[0];
-  row.m = m;
-
+  if (largest > row.base) {
+    const float above = Base::above(largest);
+    row.alpha = exp2(broadcast(row.base - above), 0)[0];
+    row.base = above;
+  }
+  const Base base(row.base);
   Vec sum = {}, weighted = {};
   for (std::int64_t i = 0; i < n; i += kVec) {
-    Vec weight = exp2(load(s + i) * factors.score - base);
+    Vec weight = base.weight(load(s + i), factors.score);
     if (i + kVec > n) weight = first_lanes(weight, n - i, 0.0f);
     sum += weight;
     store_operand(p, i, weight);
@@ -118,15 +119,17 @@ inline void online_row(Row& row, float* s, float* s_dot, E* p, E* h, std::int64_
   }
 }
 
-// The weights of a row from its known log-sum-exp, centred by row.c, which the first block sets.
+// The weights of a row from its known log-sum-exp, up to a factor that their sum undoes; centred by
+// row.c, which the first block sets.
 template <class E, bool kTangent>
 inline void known_row(Row& row, float* s, float* s_dot, E* p, E* h, std::int64_t n,
                       std::int64_t n_padded, const Factors<E>& factors) {
   clear_operand(p, round_up(n, kVec), n_padded);
   if (kTangent) clear_operand(h, round_up(n, kVec), n_padded);
+  const Base base(row.base);
   Vec sum = {}, weighted = {};
   for (std::int64_t i = 0; i < n; i += kVec) {
-    Vec weight = exp2(load(s + i) * factors.score - row.m);
+    Vec weight = base.weight(load(s + i), factors.score);
     if (i + kVec > n) weight = first_lanes(weight, n - i, 0.0f);
     sum += weight;
     store_operand(p, i, weight);
@@ -274,7 +277,7 @@ struct Tile {
       const std::int64_t index = row_index(problem, b, h, first + r);
       finish(buffers.o + r * layout.width, row.l, index, params.o, params.rest);
       params.lse[index] = row.l == 0 ? -kInfinity
-                                     : static_cast<float>((row.m + log2_of(row.l)) * kLn2);
+                                     : static_cast<float>((row.base + log2_of(row.l)) * kLn2);
       if (params.o_dot == nullptr) continue;
       finish(buffers.t + r * layout.width, with_t ? row.l : 0.0f, index, params.o_dot, nullptr);
       params.lse_dot[index] = row.c;
@@ -337,7 +340,7 @@ struct Tile {
     for (std::int64_t r = 0; r < rows; ++r) {
       const float lse = params.known_lse[row_index(problem, b, h, first + r)];
       // Without weight: +inf makes every weight 0.
-      state[r].m = lse == -kInfinity ? kInfinity : static_cast<float>(lse * kLog2E);
+      state[r].base = lse == -kInfinity ? kInfinity : Base::above(static_cast<float>(lse * kLog2E));
     }
     for (int attempt = 0; attempt < 2; ++attempt) {
       if (with_t) has_s_dot() ? accumulate_known<true>() : accumulate_known<false>();
@@ -394,6 +397,7 @@ Job forward_job_of(const ForwardParams& p) {
           p.problem.n_batch * p.problem.n_kv_heads,
           layout.head_elements,
           Buffers<E>::floats(layout),
+          layout.group * layout.n_tiles,
           2,
           {{layout.n_blocks, pack_keys<E>}, {layout.group * layout.n_tiles, forward_tile<E>}}};
 }

@@ -91,19 +91,27 @@ void micro_kernel(const E* a, const E* b, std::int64_t steps, float* c, std::int
   }
 }
 
+// Steps that are summed in one go. Longer sums are summed in parts, whose rounding errors are less.
+constexpr std::int64_t kMaxSteps = 96;
+
 // C of [groups * kRows, vectors * kVec] (+)= A B over `steps`; panels of B are panel_stride apart.
 template <class E, int kRow, int kStep>
 void multiply(const E* a, std::int64_t group_stride, std::int64_t groups, const E* b,
               std::int64_t panel_stride, std::int64_t vectors, std::int64_t steps, float* c,
               std::int64_t stride_c, bool accumulate) {
+  const std::int64_t part = ceil_div(steps, ceil_div(steps, kMaxSteps));
   for (std::int64_t vector = 0; vector < vectors; vector += 2) {
     for (std::int64_t group = 0; group < groups; ++group) {
-      const E* a_group = a + group * group_stride;
       float* c_block = c + group * kRows * stride_c + vector * kVec;
-      if (vector + 1 < vectors) {
-        micro_kernel<E, 2, kRow, kStep>(a_group, b, steps, c_block, stride_c, accumulate);
-      } else {
-        micro_kernel<E, 1, kRow, kStep>(a_group, b, steps, c_block, stride_c, accumulate);
+      for (std::int64_t step = 0; step < steps; step += part) {
+        const E* a_part = a + group * group_stride + step * kStep;
+        const std::int64_t n = least(part, steps - step);
+        const bool add = accumulate || step > 0;
+        if (vector + 1 < vectors) {
+          micro_kernel<E, 2, kRow, kStep>(a_part, b + step * kPanel, n, c_block, stride_c, add);
+        } else {
+          micro_kernel<E, 1, kRow, kStep>(a_part, b + step * kVec, n, c_block, stride_c, add);
+        }
       }
     }
     b += panel_stride;

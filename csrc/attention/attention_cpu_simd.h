@@ -98,12 +98,15 @@ DISCA_ALWAYS_INLINE Vec first_lanes(Vec v, std::int64_t n, float other) {
   return chosen ? v : broadcast(other);
 }
 
-// 2^x within about one unit in the last place for x < 128, 0 below 2^-126. NaN stays NaN.
-DISCA_ALWAYS_INLINE Vec exp2(Vec x) {
-  const Vec lowest = broadcast(-126.0f);
+// 2^(x - base) within about one unit in the last place if that is below 2^128, 0 below 2^-126; NaN
+// stays NaN. The base is an integer of at most kMaxBase, so that nothing is rounded before the
+// power is taken.
+constexpr float kMaxBase = 1 << 21;
+DISCA_ALWAYS_INLINE Vec exp2(Vec x, float base) {
+  const Vec lowest = broadcast(base - 126.0f);
   // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits; 127 is the exponent's
-  // bias, so that a shift makes those bits the float 2^n.
-  const Vec shifter = broadcast(12582912.0f + 127.0f);
+  // bias, so that a shift makes those bits the float 2^(n - base).
+  const Vec shifter = broadcast(12582912.0f + 127.0f - base);
   const Vec clamped = maximum(lowest, x);
   const Vec shifted = clamped + shifter;
   const Vec f = clamped - (shifted - shifter);

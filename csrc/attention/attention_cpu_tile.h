@@ -65,6 +65,24 @@ struct Factors {
   float tangent;  // of a product with them, to make a score's tangent in base e
 };
 
+// What a row's scores are lowered by before 2^s is taken: the integer above the largest of them or
+// above their log-sum-exp. A power of two then brings sums from one base to the next, without
+// rounding. Scores too large for that are lowered by their largest as it is, at one rounding.
+struct Base {
+  explicit Base(float value)
+      : offset(value > -kMaxBase && value < kMaxBase ? 0.0f : value == -kInfinity ? 0.0f : value),
+        whole(value > -kMaxBase && value < kMaxBase ? value : 0.0f) {}
+
+  static float above(float score) {
+    return score > -kMaxBase && score < kMaxBase ? __builtin_ceilf(score) : score;
+  }
+
+  DISCA_ALWAYS_INLINE Vec weight(Vec score, float factor) const {
+    return exp2(score * factor - offset, whole);
+  }
+  float offset, whole;  // one of them is 0
+};
+
 // Where a row of probabilities, ready to be multiplied, goes: over the scores or beside them.
 DISCA_ALWAYS_INLINE void store_operand(float* row, std::int64_t i, Vec v) { store(row + i, v); }
 #if defined(__AVX512BF16__)
