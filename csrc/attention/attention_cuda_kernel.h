@@ -359,9 +359,9 @@ DISCA_DEVICE void consume(const Problem& p, std::uint32_t base, int group, int f
     M::commit();
     if constexpr (V::kQDot) start_scores<M, V, false>(s_dot, q_dot, stage);
     if constexpr (V::kKDot) start_scores<M, V, V::kQDot>(s_dot, q, stage + L::kKDot);
-    M::commit();
+    if constexpr (V::kSDot) M::commit();
     if (group == 0 || tile + 1 < n_tiles) M::named_arrive(kTurn + 1 - group, kConsumers);
-    M::template wait_groups<1>(s);
+    M::template wait_groups<V::kSDot ? 1 : 0>(s);
     // Before the mask: the scale may be negative or 0.
     DISCA_UNROLL
     for (int i = 0; i < 32; ++i) s[i] *= scale_log2;
@@ -372,7 +372,7 @@ DISCA_DEVICE void consume(const Problem& p, std::uint32_t base, int group, int f
       x.o[i] *= alpha[row_of(i)];
       x.t[i] *= alpha[row_of(i)];
     }
-    M::template wait_groups<0>(s_dot);
+    if constexpr (V::kSDot) M::template wait_groups<0>(s_dot);
     M::release(base + L::kKEmpty + 8 * slot, lane);
     if constexpr (V::kSDot) {
       if (n_valid < kBlockN) mask(s_dot, 0.0f, n_valid, lane);

@@ -11,6 +11,8 @@ What it does not compute is Triton's: `launch_fwd`, `launch_bwd` and `launch_tan
 its gradient, from the same lse.
 """
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -43,8 +45,11 @@ def reasons(q: Tensor, *_: Tensor | None) -> list[str]:
         if capability != CAPABILITY:
             wanted, got = (".".join(map(str, c)) for c in (CAPABILITY, capability))
             found.append(f"needs compute capability {wanted} exactly, {q.device} has {got}")
-    if _ext.why_not() is None and not hasattr(_ext.load(), "attention_jvp_cuda"):
-        found.append("disca_kernels._C was built without code for sm_90a (nvcc 12.3 has it)")
+    if _ext.why_not() is None and _ext.load().build_info()["cuda"]:
+        if not hasattr(_ext.load(), "attention_jvp_cuda"):
+            found.append("disca_kernels._C was built without sm_90a (it needs nvcc 12.3 or newer)")
+        if find_spec("triton") is None:
+            found.append("needs the package triton for the passes that it leaves to it")
     if q.dtype not in DTYPES:
         found.append(f"needs bfloat16 or float16, got {dtype_name(q)}")
     if q.shape[-1] != HEAD_DIM:
