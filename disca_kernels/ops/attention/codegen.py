@@ -1,41 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
 """The specialisations of the attention kernels whose machine code is checked without a GPU."""
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 from disca_kernels.ops.attention.tiles import Tile, has_descriptors, padded_dim, tiles_for
 from disca_kernels.testing.codegen import KernelSpec
 
 _ROOM = "disca_kernels.ops.attention"
 _PRIMALS, _TANGENTS = ("q", "k", "v"), ("q_dot", "k_dot", "v_dot")
-# Kernel, operands, other tensors of the operands' dtype, of float32, further compile-time values.
+
+
+class _Kernel(NamedTuple):
+    """What a kernel takes beside the sizes and strides that all of them take."""
+
+    path: str
+    operands: tuple[str, ...]
+    """Pointers with strides, or tensor descriptors."""
+    alike: tuple[str, ...]
+    """Plain pointers of the operands' dtype."""
+    floats: tuple[str, ...]
+    """Plain pointers to float32."""
+    numbers: Mapping[str, str] = {}
+    constants: Mapping[str, bool] = {}
+
+
 _KERNELS = {
-    "fwd": ("triton_forward:_attention_fwd_kernel", _PRIMALS, "o rest", "lse", "NEGATIVE"),
-    "jvp": (
+    "fwd": _Kernel(
+        "triton_forward:_attention_fwd_kernel",
+        _PRIMALS,
+        ("p_o", "p_rest"),
+        ("p_lse",),
+        constants={"NEGATIVE": False},
+    ),
+    "jvp": _Kernel(
         "triton_jvp:_attention_jvp_kernel",
         _PRIMALS + _TANGENTS,
-        "o o_dot",
-        "lse lse_dot",
-        "NEGATIVE",
+        ("p_o", "p_o_dot"),
+        ("p_lse", "p_lse_dot"),
+        constants={"NEGATIVE": False},
     ),
-    "tangent": (
+    "tangent": _Kernel(
         "triton_tangent:_attention_tangent_kernel",
         (*_PRIMALS, *_TANGENTS, "o", "rest"),
-        "o_dot",
-        "lse lse_dot",
-        "EXACT_O",
+        ("p_o_dot",),
+        ("p_lse", "p_lse_dot"),
+        constants={"EXACT_O": True},
     ),
-    "dq": (
+    "dq": _Kernel(
         "triton_backward:_attention_bwd_kernel_dq",
         (*_PRIMALS, "do"),
-        "o dq",
-        "lse dlse delta",
-        "",
+        ("p_o", "p_dq"),
+        ("p_lse", "p_dlse", "p_rows"),
     ),
-    "dkdv": (
+    "dkdv": _Kernel(
         "triton_backward:_attention_bwd_kernel_dkdv",
         (*_PRIMALS, "do"),
-        "dk dv",
-        "lse delta",
-        "",
+        ("p_dk", "p_dv"),
+        ("p_rows",),
+        numbers={"padded": "i32", "delta_offset": "i64"},
     ),
 }
 
@@ -61,20 +84,20 @@ def spec(
         tma: whether operands are tensor descriptors; by default if the device has them.
         tile: another tile than the one in the table.
     """
-    path, operands, alike, floats, flags = _KERNELS[kernel]
+    found = _KERNELS[kernel]
     tile = tile or getattr(tiles_for(arch, head_dim, 4 if dtype == "fp32" else 2), kernel)
     tma = has_descriptors(arch) if tma is None else tma
     block_d = padded_dim(head_dim)
-    pointers = {f"p_{name}": f"*{dtype}" for name in alike.split()}
-    pointers |= {f"p_{name}": "*fp32" for name in floats.split()} | {"p_lengths": "*i64"}
-    signature = dict(pointers)
-    for name in operands:
+    pointers = dict.fromkeys(found.alike, f"*{dtype}") | dict.fromkeys(found.floats, "*fp32")
+    pointers["p_lengths"] = "*i64"
+    operands = {}
+    for name in found.operands:
         rows = tile.block_n if name[0] in "kv" else tile.block_m
-        form = f"tensordesc<{dtype}[1, 1, {rows}, {block_d}]>" if tma else f"*{dtype}"
-        signature[name] = form
+        described = f"tensordesc<{dtype}[1, 1, {rows}, {block_d}]>"
+        operands[name] = described if tma else f"*{dtype}"
     letters = "qkvd" if "do" in operands else "qkv"
     strides = {f"stride_{x}{y}": "i32" for x in letters for y in "bhn"}
-    sizes = dict.fromkeys(("H", "GROUP", "NQ", "NK", "block"), "i32")
+    numbers = dict.fromkeys(("H", "GROUP", "NQ", "NK", "block"), "i32") | {"scale": "fp32"}
     constants = {
         "D": head_dim,
         "BLOCK_D": block_d,
@@ -82,14 +105,13 @@ def spec(
         "BLOCK_N": tile.block_n,
         "CAUSAL": causal,
         "TMA": tma,
-        **{flag: flag == "EXACT_O" for flag in flags.split()},
     }
     label = f"{dtype} D={head_dim}{' causal' * causal}{'' if tma else ' pointers'}"
     return KernelSpec(
-        kernel=f"{_ROOM}.{path}",
-        signature={**signature, **strides, **sizes, "scale": "fp32"},
-        constexprs=constants,
-        divisible=(*pointers, *strides, *(() if tma else operands)),
+        kernel=f"{_ROOM}.{found.path}",
+        signature={**operands, **pointers, **strides, **numbers, **found.numbers},
+        constexprs={**constants, **found.constants},
+        divisible=(*pointers, *strides, *found.numbers, *(() if tma else operands)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         maxnreg=tile.maxnreg,

@@ -194,21 +194,23 @@ def launch_bwd(
     """Return dq, dk and dv, recomputing P from the log-sum-exp; dk and dv sum over the group."""
     q, k, v, do = *map(rows, primals), rows(do)
     o, lse, dlse, kv_lengths = dense(o), dense(lse), dense(dlse), dense(kv_lengths)
-    dq, dk, dv, delta = _like(q), _like(k), _like(v), _per_row(q)
+    dq, dk, dv = _like(q), _like(k), _like(v)
     tiles = tiles_for(capability(q.device), q.shape[3], q.element_size())
     numbers = (*strides(q, k, v, do), *_sizes(q, k, block, scale))
+    padded = triton.cdiv(q.shape[2], tiles.dq.block_m) * tiles.dq.block_m
+    per_row = torch.empty((2, *q.shape[:2], padded), dtype=torch.float32, device=q.device)
     if dq.numel():
         operands, tma = _operands((q, k, v, do), "mnnm", tiles.dq)
         grid = (triton.cdiv(q.shape[2], tiles.dq.block_m) * q.shape[0] * q.shape[1],)
         _attention_bwd_kernel_dq[grid](
-            *operands, o, lse, dlse, dq, delta, kv_lengths, *numbers,
+            *operands, o, lse, dlse, dq, per_row, kv_lengths, *numbers,
             **_constants(tiles.dq, q.shape[3], block, tma),
         )  # fmt: skip
     if dk.numel():
         operands, tma = _operands((q, k, v, do), "mnnm", tiles.dkdv)
         grid = (triton.cdiv(k.shape[2], tiles.dkdv.block_n) * k.shape[0] * k.shape[1],)
         _attention_bwd_kernel_dkdv[grid](
-            *operands, lse, delta, dk, dv, kv_lengths, *numbers,
+            *operands, per_row, dk, dv, kv_lengths, *numbers, padded, per_row[0].numel(),
             **_constants(tiles.dkdv, q.shape[3], block, tma),
         )  # fmt: skip
     return dq, dk, dv

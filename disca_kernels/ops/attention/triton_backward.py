@@ -17,7 +17,7 @@ from disca_kernels.ops.attention.triton_blocks import (
 
 @triton.jit
 def _attention_bwd_kernel_dq(
-    q, k, v, do, p_o, p_lse, p_dlse, p_dq, p_delta, p_lengths,
+    q, k, v, do, p_o, p_lse, p_dlse, p_dq, p_rows, p_lengths,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_db, stride_dh, stride_dn,
     H, GROUP, NQ, NK, block, scale,
@@ -26,7 +26,8 @@ def _attention_bwd_kernel_dq(
 ):  # fmt: skip
     """Compute dQ = scale dS K with dS = P * (dO V^T - delta), delta = rowsum(dO * O) - dlse.
 
-    It also stores delta, for the other kernel.
+    It also stores, for the other kernel, the log-sum-exp in base 2 and delta of the rows that it
+    computed, those beyond NQ included, in two halves of `p_rows`.
     """
     first, i_b, i_h, n_keys = program(p_lengths, H, NQ, NK, BLOCK_M, CAUSAL)
     begin, stop = key_range(first, n_keys, NQ, NK, block, BLOCK_M, BLOCK_N, CAUSAL)
@@ -46,10 +47,13 @@ def _attention_bwd_kernel_dq(
     b_delta = tl.sum(b_o * b_do.to(tl.float32), 1)
     if p_dlse is not None:
         b_delta -= tl.load(p_dlse + o_row, mask=m_m, other=0.0)
-    tl.store(p_delta + o_row, b_delta, mask=m_m)
     b_lse = tl.load(p_lse + o_row, mask=m_m, other=-float("inf")) * LOG2_E
     # A row that sees no key weighs every key with exp2(-inf) = 0.
     b_lse = tl.where(b_lse == -float("inf"), float("inf"), b_lse)
+    padded = tl.cdiv(NQ, BLOCK_M) * BLOCK_M
+    o_row = (i_b * H + i_h) * padded + o_m
+    tl.store(p_rows + o_row, b_lse)
+    tl.store(p_rows + tl.num_programs(0).to(tl.int64) * BLOCK_M + o_row, b_delta)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     factor = scale * LOG2_E
     for TAIL in tl.static_range(2):
@@ -96,16 +100,17 @@ def _query_range(
 
 @triton.jit
 def _attention_bwd_kernel_dkdv(
-    q, k, v, do, p_lse, p_delta, p_dk, p_dv, p_lengths,
+    q, k, v, do, p_rows, p_dk, p_dv, p_lengths,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_db, stride_dh, stride_dn,
-    H, GROUP, NQ, NK, block, scale,
+    H, GROUP, NQ, NK, block, scale, padded, delta_offset,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Compute dV = P^T dO and dK = scale dS^T Q of one block of keys, summed over its query heads.
 
-    Scores are kept transposed, [BLOCK_N, BLOCK_M], as the two products take them.
+    Scores are kept transposed, [BLOCK_N, BLOCK_M], as the two products take them. `p_rows` is what
+    the other kernel left, `padded` rows of each head; delta begins `delta_offset` elements later.
     """
     first, i_b, i_hk, n_keys = program(p_lengths, H // GROUP, NK, NK, BLOCK_N, False)
     begin, whole = _query_range(first, n_keys, NQ, NK, block, BLOCK_M, BLOCK_N, CAUSAL)
@@ -120,8 +125,13 @@ def _attention_bwd_kernel_dkdv(
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     factor = scale * LOG2_E
-    for i_h in range(i_hk * GROUP, i_hk * GROUP + GROUP):
-        row = (i_b * H + i_h) * NQ
+    # Of each key, the first query that sees it; none sees those beyond the valid ones.
+    b_first = tl.zeros([BLOCK_N], tl.int32)
+    if CAUSAL:
+        b_first = o_n // block * block - (NK - NQ)
+    b_first = tl.where(o_n < n_keys, b_first, 0x7FFFFFFF)
+    for i_h in tl.range(i_hk * GROUP, i_hk * GROUP + GROUP, num_stages=1, disable_licm=True):
+        p_row = p_rows + (i_b * H + i_h) * padded
         for WHOLE in tl.static_range(2):
             for start in tl.range(
                 whole if WHOLE else begin, NQ if WHOLE else whole, BLOCK_M, disable_licm=True
@@ -135,14 +145,11 @@ def _attention_bwd_kernel_dkdv(
                     do, i_b, i_h, start, NQ, stride_db, stride_dh, stride_dn,
                     D, BLOCK_M, BLOCK_D, TMA, TMA,
                 )  # fmt: skip
-                m_m = start + o_m < NQ
-                b_lse = tl.load(p_lse + row + start + o_m, mask=m_m, other=-float("inf")) * LOG2_E
-                b_lse = tl.where(b_lse == -float("inf"), float("inf"), b_lse)
-                b_delta = tl.load(p_delta + row + start + o_m, mask=m_m, other=0.0)
+                b_lse = tl.load(p_row + start + o_m)
+                b_delta = tl.load(p_row + delta_offset + start + o_m)
                 # [BLOCK_N, BLOCK_M]
                 b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * factor - b_lse[None, :]
-                b_limit = key_limits(start + o_m, n_keys, NQ, NK, block, CAUSAL)
-                b_seen = o_n[:, None] < b_limit[None, :]
+                b_seen = (start + o_m)[None, :] >= b_first[:, None]
                 if not WHOLE:
                     b_s = tl.where(b_seen, b_s, -float("inf"))
                 b_p = tl.exp2(b_s)
