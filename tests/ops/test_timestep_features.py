@@ -20,7 +20,7 @@ from disca_kernels.ops.timestep_features.reference import (
     timestep_features_vjp_reference,
 )
 from disca_kernels.testing import assert_within_budget
-from disca_kernels.testing.codegen import KernelSpec, compile_kernels
+from disca_kernels.testing.codegen import ARCHITECTURES, compile_kernels, registered
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -371,25 +371,7 @@ def test_compile(backend: str) -> None:
 
 
 def test_kernels_compile_without_spills() -> None:
-    common = {"p_t": "*fp32", "p_freqs": "*fp32", "stride_t": "i32", "HALF": "i32", "scale": "fp32"}
-    parts = {
-        "fwd": {"p_features": "*fp32", "DIM": "i32"},
-        "jvp": {
-            **dict.fromkeys(("p_t_dot", "p_width", "p_features", "p_features_dot"), "*fp32"),
-            **dict.fromkeys(("stride_t_dot", "stride_width", "DIM"), "i32"),
-            "width": "fp32",
-        },
-        "bwd": {"p_dfeatures": "*fp32", "p_dt": "*fp32", "stride_db": "i32", "stride_df": "i32"},
-    }
-    specs = [
-        KernelSpec(
-            kernel=f"disca_kernels.ops.timestep_features.triton:_timestep_features_{name}_kernel",
-            signature={**common, **more},
-            constexprs={"BLOCK": 128},
-            num_warps=1,
-        )
-        for name, more in parts.items()
-    ]
-    for report in compile_kernels(specs):
-        assert report.registers <= 128, report
-        assert report.spills == 0, report
+    for arch in ARCHITECTURES:
+        for report in compile_kernels(registered(arch, ["timestep_features"]), [arch]):
+            assert report.registers <= 128, report
+            assert report.faults == [], report

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("triton")
@@ -8,6 +10,7 @@ from disca_kernels.testing.codegen import (
     KernelReport,
     KernelSpec,
     compile_kernels,
+    registered,
     resource_table,
 )
 
@@ -24,6 +27,9 @@ SPILLING = KernelSpec(
     {"BLOCK": 8192},
     divisible=COPY.divisible,
     num_warps=1,
+)
+PRODUCT = KernelSpec(
+    "tests.testing.spilling:product_kernel", {}, {"SIZE": 128}, divisible=("p_out",), matrix=True
 )
 
 
@@ -43,9 +49,36 @@ def test_a_kernel_that_fits_has_no_spills(reports, arch):
 
 
 def test_a_spilling_kernel_is_detected():
-    (report,) = compile_kernels([SPILLING], [90])
-    assert report.spills > 20
-    assert report.stack_bytes > 50
+    spilling, capped = compile_kernels([SPILLING, replace(COPY, maxnreg=16)], [90])
+    assert spilling.spills > 20
+    assert spilling.stack_bytes > 50
+    (fault,) = spilling.faults
+    assert fault.startswith(f"{spilling.spills} spills, {spilling.stack_bytes} bytes of stack")
+    assert capped.registers <= 16
+
+
+def test_a_kernel_that_compiles_to_nothing_is_detected():
+    spec = KernelSpec("tests.testing.spilling:idle_kernel", {"p_x": "*fp32"}, {"BLOCK": 128})
+    (report,) = compile_kernels([replace(spec, matrix=True)], [90])
+    assert report.faults == ["it stores nothing", "it has no matrix instruction"]
+
+
+@pytest.mark.parametrize(("arch", "unit"), [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")])
+def test_the_matrix_units_and_copies_of_each_architecture_are_counted(arch, unit):
+    tile = "tensordesc<bf16[128, 128]>"
+    signature = {"x": tile, "y": tile, "p_out": "*fp32"}
+    (report,) = compile_kernels([replace(PRODUCT, signature=signature)], [arch])
+    assert report.matrix.startswith(unit)
+    assert report.faults == []
+    assert (report.count("UTMALDG") > 0) == (arch >= 90)
+
+
+def test_limits_of_the_device_are_checked(reports):
+    big = replace(reports["copy", 90], shared_bytes=228 * 1024, registers=255, num_warps=16)
+    assert big.faults == [
+        "233472 of 232448 bytes of shared memory",
+        "255 registers for each of 512 threads",
+    ]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -68,7 +101,15 @@ def test_wrong_arguments_are_named():
         compile_kernels([wrong], [90])
 
 
+def test_every_op_registers_its_kernels():
+    found = {spec.kernel.split(".")[2] for spec in registered(90)}
+    assert found == {"adaln_modulate", "attention", "timestep_features"}
+    assert {spec.kernel.split(".")[2] for spec in registered(90, ["attention"])} == {"attention"}
+
+
 def test_resource_table(reports):
-    table = resource_table(list(reports.values()))
-    assert table.count("\n") == 1 + len(reports)
-    assert "| `copy_kernel` | sm_90 |" in table
+    broken = replace(reports["copy", 90], instructions={}, label="nothing")
+    table = resource_table([*reports.values(), broken])
+    assert table.count("\n") == 2 + len(reports)
+    assert "| `copy_kernel` |  | sm_90 | 4 | " in table
+    assert table.endswith("| it stores nothing |")
