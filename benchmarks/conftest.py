@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixture ``measure`` and what a results file records about the machine."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
-from benchmarks import harness
+from benchmarks import describe, harness
+from benchmarks.clock import Clock
 
 Measure = Callable[..., None]
 
@@ -32,12 +31,21 @@ def measure(request: pytest.FixtureRequest) -> Measure:
 
     def run_case(**case: Any) -> None:
         subject = harness.Subject(**case)
-        clock = harness.Clock(subject.device)
+        clock = Clock(subject.device)
         # The timer must be known before pytest-benchmark makes its own fixture.
         request.node.add_marker(pytest.mark.benchmark(timer=clock, group=_group(request)))
-        harness.measure(request.getfixturevalue("benchmark"), clock, subject)
+        benchmark = request.getfixturevalue("benchmark")
+        benchmark.extra_info.update(_label(request))
+        harness.measure(benchmark, clock, subject)
 
     return run_case
+
+
+def _label(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Return what the parameters of a benchmark say it measures."""
+    parameters = request.node.callspec.params
+    label = {key: str(parameters[key]) for key in ("case", "mode", "impl") if key in parameters}
+    return {"op": request.node.originalname.removeprefix("test_"), **label}
 
 
 def _group(request: pytest.FixtureRequest) -> str:
@@ -46,24 +54,32 @@ def _group(request: pytest.FixtureRequest) -> str:
     return name.rpartition("-")[0].replace("[", " ") or name
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the large cases unless it is their speed that is asked for."""
+    if config.getoption("benchmark_enable") or not config.getoption("benchmark_disable"):
+        return
+    large = [item for item in items if item.get_closest_marker("large") is not None]
+    if large:
+        config.hook.pytest_deselected(items=large)
+        items[:] = [item for item in items if item.get_closest_marker("large") is None]
+
+
 def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
-    """Add what a speed depends on and drop what only identifies the machine."""
-    machine_info.pop("node", None)
-    machine_info["torch"] = torch.__version__
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["omp_num_threads"] = os.environ.get("OMP_NUM_THREADS")
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        machine_info["device"] = properties.name
-        machine_info["device_memory"] = properties.total_memory
-        machine_info["cuda"] = torch.version.cuda
+    """Keep what a speed depends on, and nothing that identifies the machine."""
+    machine_info.clear()
+    machine_info.update(describe.machine(), versions=describe.versions())
 
 
 def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:
-    """Keep the statistics and leave out the raw rounds, which nobody reads in a committed file."""
-    for entry in output_json["benchmarks"]:
-        entry["stats"].pop("data", None)
+    """Keep what `harness.measure` recorded; a committed file needs neither rounds nor options."""
+    output_json["commit_info"] = {
+        key: output_json["commit_info"].get(key) for key in ("id", "dirty")
+    }
+    output_json["benchmarks"] = [
+        {"name": entry["name"], "extra_info": entry["extra_info"]}
+        for entry in output_json["benchmarks"]
+    ]

@@ -10,9 +10,10 @@ from torch.func import jvp
 
 from benchmarks.gpu import rivals
 from benchmarks.gpu.model import Implementation, Op, Results, Run, own
+from benchmarks.plain import plain_attention
 from benchmarks.slices import expected_attention
 from disca_kernels import attention, attention_jvp, attention_tangent
-from disca_kernels.ops.attention.cases import AttentionCase, Operands, attention_in_dtype
+from disca_kernels.ops.attention.cases import AttentionCase, Operands
 
 MODES = ("jvp", "fwd", "tangent", "bwd")
 _HEADS = 24
@@ -78,11 +79,11 @@ def _compiled(case: AttentionCase, mode: str, operands: Operands) -> Run:
     if mode == "jvp":
 
         def pair(primals: Results, tangents: Results) -> Results:
-            return jvp(attention_in_dtype, primals, tangents)
+            return jvp(plain_attention, primals, tangents)
 
         compiled = torch.compile(pair)
         return lambda: compiled(primals, tangents)
-    function = torch.compile(attention_in_dtype)
+    function = torch.compile(plain_attention)
     if mode == "fwd":
         return lambda: (function(*primals),)
     return rivals.gradients(function, primals, cotangent)
@@ -93,7 +94,7 @@ def implementations() -> list[Implementation]:
     ours = [own("attention", name, MODES, _ours) for name in ("triton", "cuda", "cpu")]
     differentiable = ("jvp", "fwd", "bwd")
     eager = Implementation(
-        "eager", differentiable, _plain(attention_in_dtype), tiers=("first", *_SMALL)
+        "eager", differentiable, _plain(plain_attention), tiers=("first", *_SMALL)
     )
     compiled = Implementation("torch.compile", differentiable, _compiled, tiers=("second",))
     return [*ours, *rivals.sdpa(), *rivals.packages(), eager, compiled]
