@@ -13,7 +13,7 @@ BUILD_TOOLS := setuptools wheel pybind11 cmake ninja
 TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench gpu benchmarks-doc clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -43,7 +43,19 @@ lint: install
 bench: install
 	mkdir -p benchmarks/results
 	$(PYTEST) benchmarks --benchmark-enable --benchmark-json \
-		benchmarks/results/$$($(BIN)/python -m benchmarks.harness).json
+		benchmarks/results/$$($(BIN)/python -m benchmarks.describe).json
+
+# On a machine with an NVIDIA GPU: builds, tests and measures with the $(PYTHON) that has torch, in
+# 8 minutes, without network and without .venv. GPU="--dry" rehearses it anywhere;
+# GPU="--rival rcm=/path/to/kernel.py:attention" adds a rival. Copy OUT's .json to
+# benchmarks/results to publish it.
+OUT ?= out/gpu
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(GPU)
+
+# What benchmarks/results holds, as docs/benchmarks.md and the section of the README.
+benchmarks-doc: install
+	$(BIN)/python -m benchmarks.render
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
