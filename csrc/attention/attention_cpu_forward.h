@@ -44,13 +44,13 @@ struct Buffers {
   Buffers(const Layout<E>& layout, float* scratch) : next(scratch) {
     q = reinterpret_cast<E*>(take(layout.tile_rows * layout.depth));
     q_dot = reinterpret_cast<E*>(take(layout.tile_rows * layout.depth));
-    s = take(layout.tile_rows * kTileKeys);
-    s_dot = take(layout.tile_rows * kTileKeys);
+    s = take(kRows * kTileKeys);
+    s_dot = take(kRows * kTileKeys);
     p = reinterpret_cast<E*>(s);
     h = reinterpret_cast<E*>(s_dot);
     if (Element<E>::kPerStep > 1) {
-      p = reinterpret_cast<E*>(take(layout.tile_rows * kTileKeys / Element<E>::kPerStep));
-      h = reinterpret_cast<E*>(take(layout.tile_rows * kTileKeys / Element<E>::kPerStep));
+      p = reinterpret_cast<E*>(take(kRows * kTileKeys / Element<E>::kPerStep));
+      h = reinterpret_cast<E*>(take(kRows * kTileKeys / Element<E>::kPerStep));
     }
     o = take(layout.tile_rows * layout.width);
     t = take(layout.tile_rows * layout.width);
@@ -64,12 +64,12 @@ struct Buffers {
 
   // Enough for all of them, each rounded up.
   static std::int64_t floats(const Layout<E>& layout) {
-    return layout.tile_rows * (2 * (layout.depth + layout.width) + 4 * kTileKeys) + 8 * kTileKeys;
+    return 2 * layout.tile_rows * (layout.depth + layout.width) + (4 * kRows + 8) * kTileKeys;
   }
 
   float* next;
   E *q, *q_dot, *p, *h;  // packed queries; weights, and weights times tangents, as operands
-  float *s, *s_dot;      // [tile_rows, kTileKeys]
+  float *s, *s_dot;      // [kRows, kTileKeys]
   float *o, *t;          // [tile_rows, width]
 };
 
@@ -160,6 +160,11 @@ inline void known_row(Row& row, float* s, float* s_dot, E* p, E* h, std::int64_t
   row.m2 += horizontal_sum(m2);
 }
 
+// Rows `row` to `row` + kRows of a tile against the first n keys of a block.
+struct Part {
+  std::int64_t block, row, n;
+};
+
 template <class E>
 struct Tile {
   const ForwardParams& params;
@@ -168,7 +173,7 @@ struct Tile {
   const E* packed;
   Buffers<E> buffers;
   Factors<E> factors;
-  std::int64_t b, h, first, rows, groups, n_valid;
+  std::int64_t b, h, first, rows, n_valid;
   Row state[kTileQueries];
 
   Tile(const ForwardParams& p, std::int64_t head, std::int64_t task, const float* head_scratch,
@@ -185,7 +190,6 @@ struct Tile {
     // The last tiles see the most keys, so they go first.
     first = (layout.n_tiles - 1 - task % layout.n_tiles) * kTileQueries;
     rows = least(problem.n_queries - first, kTileQueries);
-    groups = ceil_div(rows, kRows);
     n_valid = valid_keys(problem, b);
     pack(p.q, buffers.q);
     if (p.q_dot.data != nullptr) pack(p.q_dot, buffers.q_dot);
@@ -199,51 +203,64 @@ struct Tile {
 
   void pack(const Operand& x, E* out) {
     const Source source = block_of(x, problem.dtype, b, h, first, rows);
-    pack_rows<E>(problem.dtype, source, groups * kRows, layout.dim, factors.query, out);
+    pack_rows<E>(problem.dtype, source, round_up(rows, kRows), layout.dim, factors.query, out);
   }
 
-  void score(const E* q, const E* k, std::int64_t n, float* s, bool accumulate) {
-    multiply<E, 1, kRows>(q, kRows * layout.depth, groups, k, layout.depth * kPanel,
-                          ceil_div(n, kPanel) * 2, layout.depth, s, kTileKeys, accumulate);
+  void score(const E* q, const Part& part, std::int64_t keys, float* s, bool accumulate) {
+    multiply<E, 1, kRows>(q + part.row * layout.depth, 0, 1,
+                          packed + keys + part.block * layout.transposed_block,
+                          layout.depth * kPanel, ceil_div(part.n, kPanel) * 2, layout.depth, s,
+                          kTileKeys, accumulate);
   }
 
-  // s, and s_dot where it is not zero, of the first n keys of a block.
-  void scores(std::int64_t block, std::int64_t n) {
-    const E* k = packed + block * layout.transposed_block;
-    score(buffers.q, k, n, buffers.s, false);
-    if (params.q_dot.data != nullptr) score(buffers.q_dot, k, n, buffers.s_dot, false);
+  // s, and s_dot where it is not zero.
+  void scores(const Part& part) {
+    score(buffers.q, part, 0, buffers.s, false);
+    const bool has_q_dot = params.q_dot.data != nullptr;
+    if (has_q_dot) score(buffers.q_dot, part, 0, buffers.s_dot, false);
     if (params.k_dot.data != nullptr) {
-      const E* k_dot = packed + layout.k_dot + block * layout.transposed_block;
-      score(buffers.q, k_dot, n, buffers.s_dot, params.q_dot.data != nullptr);
+      score(buffers.q, part, layout.k_dot, buffers.s_dot, has_q_dot);
     }
   }
 
-  // sum (+)= weights * values, for the first n keys of a block; `values` is V's offset or V_dot's.
-  void weigh(const E* weights, std::int64_t values, std::int64_t block, std::int64_t n, float* sum,
-             bool accumulate) {
+  // sum (+)= weights * values; `values` is V's offset or V_dot's.
+  void weigh(const E* weights, const Part& part, std::int64_t values, float* sum, bool accumulate) {
     constexpr int kStride = Layout<E>::kKeySteps;
-    multiply<E, kStride, 1>(weights, kRows * kStride, groups,
-                            packed + values + block * layout.natural_block, kStride * kPanel,
-                            layout.width / kVec, ceil_div(n, Element<E>::kPerStep), sum,
+    multiply<E, kStride, 1>(weights, 0, 1, packed + values + part.block * layout.natural_block,
+                            kStride * kPanel, layout.width / kVec,
+                            ceil_div(part.n, Element<E>::kPerStep), sum + part.row * layout.width,
                             layout.width, accumulate);
   }
 
   // t (+)= h V + p V_dot
-  void weigh_tangents(std::int64_t block, std::int64_t n, bool accumulate) {
-    if (has_s_dot()) weigh(buffers.h, layout.v, block, n, buffers.t, accumulate);
+  void weigh_tangents(const Part& part) {
+    const bool accumulate = part.block > 0;
+    if (has_s_dot()) weigh(buffers.h, part, layout.v, buffers.t, accumulate);
     if (params.v_dot.data != nullptr) {
-      weigh(buffers.p, layout.v_dot, block, n, buffers.t, accumulate || has_s_dot());
+      weigh(buffers.p, part, layout.v_dot, buffers.t, accumulate || has_s_dot());
     }
   }
 
-  template <bool kTangent, class Function>
-  void each_row(std::int64_t start, std::int64_t n, const Function& function) {
+  // Calls body(part) for every part of the tile, a group's rows against a block's keys, so that the
+  // scores between two products stay in the first-level cache.
+  template <class Body>
+  void each_part(const Body& body) {
+    const std::int64_t stop = limit(rows - 1);
+    for (std::int64_t start = 0; start < stop; start += kTileKeys) {
+      for (std::int64_t row = 0; row < rows; row += kRows) {
+        body(Part{start / kTileKeys, row, least(stop - start, kTileKeys)});
+      }
+    }
+  }
+
+  template <class Function>
+  void each_row(const Part& part, const Function& function) {
     constexpr std::int64_t kStride = Layout<E>::kKeySteps;
-    for (std::int64_t r = 0; r < groups * kRows; ++r) {
-      const std::int64_t seen = most(least(limit(r) - start, n), 0);
-      function(state[r], buffers.s + r * kTileKeys, buffers.s_dot + r * kTileKeys,
-               buffers.p + r * kStride, buffers.h + r * kStride, seen, round_up(n, kPanel),
-               factors);
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      const std::int64_t seen = limit(part.row + r) - part.block * kTileKeys;
+      function(state[part.row + r], buffers.s + r * kTileKeys, buffers.s_dot + r * kTileKeys,
+               buffers.p + r * kStride, buffers.h + r * kStride, most(least(seen, part.n), 0),
+               round_up(part.n, kPanel), factors);
     }
   }
 
@@ -262,16 +279,14 @@ struct Tile {
   // One pass over the keys: O, and T = P V_dot + (P * (S_dot - c)) V with the centre c that moves.
   template <bool kTangent>
   void online() {
-    const std::int64_t stop = limit(rows - 1);
     const bool with_t = has_s_dot() || params.v_dot.data != nullptr;
-    for (std::int64_t start = 0; start < stop; start += kTileKeys) {
-      const std::int64_t n = least(stop - start, kTileKeys), block = start / kTileKeys;
-      scores(block, n);
-      each_row<kTangent>(start, n, online_row<E, kTangent>);
-      for (std::int64_t r = 0; start > 0 && r < rows; ++r) rescale(r, with_t);
-      weigh(buffers.p, layout.v, block, n, buffers.o, start > 0);
-      weigh_tangents(block, n, start > 0);
-    }
+    each_part([&](const Part& part) {
+      scores(part);
+      each_row(part, online_row<E, kTangent>);
+      for (std::int64_t r = 0; part.block > 0 && r < kRows; ++r) rescale(part.row + r, with_t);
+      weigh(buffers.p, part, layout.v, buffers.o, part.block > 0);
+      weigh_tangents(part);
+    });
     for (std::int64_t r = 0; r < rows; ++r) {
       const Row& row = state[r];
       const std::int64_t index = row_index(problem, b, h, first + r);
@@ -292,13 +307,11 @@ struct Tile {
 
   template <bool kTangent>
   void accumulate_known() {
-    const std::int64_t stop = limit(rows - 1);
-    for (std::int64_t start = 0; start < stop; start += kTileKeys) {
-      const std::int64_t n = least(stop - start, kTileKeys), block = start / kTileKeys;
-      scores(block, n);
-      each_row<kTangent>(start, n, known_row<E, kTangent>);
-      weigh_tangents(block, n, start > 0);
-    }
+    each_part([&](const Part& part) {
+      scores(part);
+      each_row(part, known_row<E, kTangent>);
+      weigh_tangents(part);
+    });
   }
 
   // o_dot = T - delta * O of one row, delta being what the centre missed the mean by. Returns

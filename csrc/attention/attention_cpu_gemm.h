@@ -9,6 +9,7 @@
 //   packed B        [panel][step][kPanel], the last panel kVec wide if the vectors are odd
 #pragma once
 
+#include "attention/attention_cpu.h"
 #include "attention/attention_cpu_simd.h"
 
 namespace disca {
