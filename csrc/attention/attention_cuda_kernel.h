@@ -315,7 +315,9 @@ template <typename M, typename V>
 DISCA_DEVICE void store(const State& x, const Problem& p, std::int64_t row, bool inside, int lane,
                         int r) {
   if (!inside) return;
-  const float norm = x.l[r] > 0.0f ? 1.0f / x.l[r] : 0.0f;
+  // A row that sees no key; a NaN goes through.
+  const bool empty = x.l[r] == 0.0f;
+  const float norm = empty ? 0.0f : 1.0f / x.l[r];
   auto* o = static_cast<std::uint32_t*>(p.o) + row * (kHeadDim / 2) + lane % 4;
   auto* o_dot = static_cast<std::uint32_t*>(p.o_dot) + row * (kHeadDim / 2) + lane % 4;
   DISCA_UNROLL
@@ -327,7 +329,7 @@ DISCA_DEVICE void store(const State& x, const Problem& p, std::int64_t row, bool
   }
   if (lane % 4 == 0) {
     constexpr float kLn2 = 0.69314718055994531f;
-    p.lse[row] = x.l[r] > 0.0f ? (x.m[r] + M::log2(x.l[r])) * kLn2 : x.m[r];
+    p.lse[row] = empty ? -M::infinity() : (x.m[r] + M::log2(x.l[r])) * kLn2;
     p.lse_dot[row] = x.c[r];
   }
 }

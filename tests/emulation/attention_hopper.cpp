@@ -152,6 +152,9 @@ void run_variant(const Call& call) {
   }
 }
 
+#if defined(DISCA_ONE_VARIANT)
+void run_call(const Call& call) { run_variant<hopper::Variant<BFloat16, true, true, true>>(call); }
+#else
 template <typename E>
 void run_dtype(const Call& call) {
   const auto has = [&call](int i) { return call.operands[3 + i].data != nullptr; };
@@ -166,16 +169,21 @@ void run_dtype(const Call& call) {
   with(no, no, yes);
 }
 
+void run_call(const Call& call) {
+  if (call.half != 0) {
+    run_dtype<Float16>(call);
+  } else {
+    run_dtype<BFloat16>(call);
+  }
+}
+#endif
+
 }  // namespace
 
 // Returns 0, or 1 with the reason in `message`.
 extern "C" int disca_emulate(const Call* call, char* message, std::size_t size) {
   try {
-    if (call->half != 0) {
-      run_dtype<Float16>(*call);
-    } else {
-      run_dtype<BFloat16>(*call);
-    }
+    run_call(*call);
     return 0;
   } catch (const std::exception& error) {
     std::strncpy(message, error.what(), size - 1);

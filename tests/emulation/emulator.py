@@ -123,7 +123,8 @@ def compile_machine(folder: Path) -> Path:
 def build(folder: Path, machine: Path, changes: Mapping[str, str] | None = None) -> Emulator:
     """Compile the kernel for the machine in `folder`, with `changes` to its text.
 
-    Each key of `changes` must occur in the kernel exactly once.
+    Each key of `changes` must occur in the kernel exactly once. A changed kernel is compiled for
+    bfloat16 with all tangents alone.
     """
     kernel = (CSRC / KERNEL).read_text(encoding="utf-8")
     for old, new in (changes or {}).items():
@@ -133,6 +134,6 @@ def build(folder: Path, machine: Path, changes: Mapping[str, str] | None = None)
     changed.parent.mkdir(parents=True)
     changed.write_text(kernel, encoding="utf-8")
     library = folder / "libattention_hopper.so"
-    includes = ["-I", folder, "-I", CSRC, "-I", HERE]
-    _compile(*includes, "-shared", HERE / "attention_hopper.cpp", machine, "-o", library)
+    options = ["-I", folder, "-I", CSRC, "-I", HERE, *["-DDISCA_ONE_VARIANT"] * bool(changes)]
+    _compile(*options, "-shared", HERE / "attention_hopper.cpp", machine, "-o", library)
     return Emulator(library)

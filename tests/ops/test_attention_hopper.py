@@ -197,6 +197,17 @@ def test_lengths_beyond_the_keys_are_clamped(emulator: Emulator) -> None:
     assert_agrees(actual, operands._replace(kv_lengths=torch.tensor([0, 40])))
 
 
+@needs_compiler
+def test_a_nan_in_a_valid_key_is_not_hidden(emulator: Emulator) -> None:
+    (q, k, v), tangents, *_ = AttentionCase(1, 2, 20, 70, 128, BF16).operands()
+    k = k.clone()
+    k[0, 1, 3, 5] = torch.nan
+    results = cuda.launch_jvp((q, k, v), tangents, None, 0, 128**-0.5)
+    for x in results:
+        assert x[0, 0].isfinite().all()
+        assert x[0, 1].isnan().all()
+
+
 RELEASE = "    M::release(base + L::kKEmpty + 8 * slot, lane);\n"
 WAIT_S = "    M::template wait_groups<V::kSDot ? 1 : 0>(s);\n"
 WAIT_S_DOT = "    if constexpr (V::kSDot) M::template wait_groups<0>(s_dot);\n"
