@@ -13,7 +13,7 @@ BUILD_TOOLS := setuptools wheel pybind11 cmake ninja
 TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: install demo test lint bench gpu benchmarks-doc clean
+.PHONY: install demo test lint codegen bench gpu benchmarks-doc clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -38,6 +38,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Registers, spills, shared memory and matrix instructions of every Triton kernel, as a table, for
+# three architectures and without a GPU. It takes some minutes and fails if a kernel has a fault.
+codegen: install
+	$(BIN)/python -m disca_kernels.testing.codegen
 
 # One committed file per device: benchmarks/results/<device>.json
 bench: install
