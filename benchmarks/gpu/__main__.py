@@ -15,11 +15,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.gpu.batch import RivalFile
+from benchmarks.gpu.batch import TIERS, RivalFile
 from benchmarks.gpu.session import Session, Settings
 from benchmarks.gpu.table import failures, table
 
-STEPS = ("build", "tests", "ceilings", "attention", "adaln_modulate", "timestep_features", "rivals")
+STEPS = ("build", "ceilings", "tests", "rivals", "compiled", *TIERS)
 _BUDGETS = {"gpu": 460.0, "quick": 150.0, "dry": 300.0}
 
 
@@ -43,11 +43,12 @@ def parse(arguments: list[str]) -> Settings:
     )
     parser.add_argument("--budget", type=float, help="seconds for everything (default 460)")
     parser.add_argument(
-        "--limit", type=float, default=150.0, help="seconds for one measurement (default 150)"
+        "--limit", type=float, default=100.0, help="seconds for one measurement (default 100)"
     )
     parser.add_argument(
         "--skip", action="append", default=[], choices=STEPS, help="leave a step out"
     )
+    parser.add_argument("--commit", help="commit of the sources, where git cannot tell")
     given = parser.parse_args(arguments)
     try:
         rivals = tuple(RivalFile.parse(text) for text in given.rival)
@@ -56,7 +57,7 @@ def parse(arguments: list[str]) -> Settings:
     mode = "dry" if given.dry else "quick" if given.quick else "gpu"
     budget = given.budget or _BUDGETS[mode]
     out = given.out.resolve()
-    return Settings(out, mode, budget, given.limit, rivals, frozenset(given.skip))
+    return Settings(out, mode, budget, given.limit, rivals, frozenset(given.skip), given.commit)
 
 
 def main(arguments: list[str]) -> int:

@@ -8,6 +8,13 @@ from pathlib import Path
 FAILED = 3
 """Exit status of the process after a measurement that failed."""
 
+TIERS = {
+    "attention": ("first", "second", "third", "fourth"),
+    "adaln_modulate": ("second", "third"),
+    "timestep_features": ("second", "third"),
+}
+"""The operations, and in which tiers of value they have cases; "quick" and "dry" come on top."""
+
 LAYOUTS, RIVAL_MODES = ("bhnd", "bnhd"), ("jvp", "fwd")
 
 
@@ -57,7 +64,8 @@ class Batch:
     Attributes:
         op: name of an operation, or "machine" or "ceilings".
         tier: which of its cases.
-        who: "installed" for ours, PyTorch's and packages, "rivals" for the files.
+        who: "installed" for ours, PyTorch's and packages, "compiled" for `torch.compile`, "rivals"
+            for the files.
         device: "cuda" or "cpu".
         seconds: time for the rounds of one measurement.
         rounds: fewest and most of them.

@@ -42,6 +42,7 @@ class Implementation:
         prepare: see `Prepare`; raises Unavailable with the reason.
         ours: whether it is an implementation of this package.
         tiers: the tiers in which it is tried, None for all of them.
+        compiled: whether it is compiled for many seconds, so that it waits for the others.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Implementation:
     prepare: Prepare
     ours: bool = False
     tiers: tuple[str, ...] | None = None
+    compiled: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.batch import Batch, RivalFile
+from benchmarks.gpu.batch import TIERS, Batch, RivalFile
 from benchmarks.gpu.pytest_events import VARIABLE
 from benchmarks.gpu.supervise import Supervisor, Workplace
 from benchmarks.gpu.table import table
@@ -27,8 +27,16 @@ _BUILD_INPUTS = (
     "setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md", "csrc",
     "disca_kernels", "python",
 )  # fmt: skip
-_BUILD_LIMIT, _TESTS_LIMIT = 200.0, 60.0
+_BUILD_LIMIT, _TESTS_LIMIT = 200.0, 50.0
+_TUNING_LIMIT = 240.0
 _DRY_ENVIRONMENT = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "DISCA_CUDA": "0"}
+_ORDER = (
+    ("first", "installed"), ("", "tests"), ("second", "installed"), ("first", "rivals"),
+    ("third", "installed"), ("second", "rivals"), ("third", "rivals"), ("second", "compiled"),
+    ("fourth", "installed"), ("fourth", "rivals"),
+)  # fmt: skip
+_SHORT_ORDER = (("", "installed"), ("", "rivals"), ("", "tests"))
+"""(tier, what), by value: what is cut off by the budget is missed the least."""
 _NO_GPU_NEEDED = ("_codegen", "_cpu", "_contract")
 
 
@@ -43,6 +51,7 @@ class Settings:
         limit: seconds for one measurement.
         rivals: kernel files.
         skip: steps that are left out.
+        commit: of the sources, where git cannot tell.
     """
 
     out: Path
@@ -51,6 +60,7 @@ class Settings:
     limit: float
     rivals: tuple[RivalFile, ...]
     skip: frozenset[str]
+    commit: str | None
 
     @property
     def dry(self) -> bool:
@@ -76,13 +86,13 @@ class Session:
         )
         self._place.log.unlink(missing_ok=True)
         self._site, self._choices = site, scratch / "choices.json"
-        self._supervisor = Supervisor(self._place, self._deadline, settings.limit)
+        self._supervisor = Supervisor(self._place, self._deadline)
         self.record: dict[str, Any] = {
             "schema": SCHEMA,
             "kind": "dry" if settings.dry else "gpu",
             "mode": settings.mode,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            **commit(ROOT),
+            **commit(ROOT, settings.commit),
             "budget_seconds": settings.budget,
             "seed": int(time.time()),
             "machine": {},
@@ -95,31 +105,29 @@ class Session:
 
     def run(self) -> None:
         """Run every step that is not skipped, most valuable first."""
-        dry, quick = self.settings.dry, self.settings.mode == "quick"
-        tiers = ("dry",) if dry else ("quick",) if quick else ("first", "second", "third", "fourth")
         self._step("build", self._build)
         self._step("machine", partial(self._single, "machine"))
-        if not dry and "gpu" not in self.record["machine"]:
+        if not self.settings.dry and "gpu" not in self.record["machine"]:
             self.record["steps"].append(
                 {"name": "gpu", "status": "failed", "reason": "torch sees no CUDA device here"}
             )
             self._save()
             return
         self._step("ceilings", partial(self._single, "ceilings"))
-        first, *later = tiers
-        others = [name for name in operations() if name != "attention"]
-        self._measure(["attention"], first)
-        for name, arguments in self._tests():
-            self._step(f"tests {name}", partial(self._pytest, name, arguments))
-        self._measure(others, first)
-        for tier in later:
-            self._measure([*others, "attention"], tier)
+        for tier, who in _ORDER if self.settings.mode == "gpu" else _SHORT_ORDER:
+            if who == "tests":
+                for name, arguments in self._tests():
+                    self._step(f"tests {name}", partial(self._pytest, name, arguments))
+                continue
+            for op, tiers in TIERS.items():
+                if who == "rivals" and (op != "attention" or not self.settings.rivals):
+                    continue
+                if tier in tiers or not tier:
+                    self._measure(op, tier or self.settings.mode, who)
 
-    def _measure(self, ops: list[str], tier: str) -> None:
-        for op in ops:
-            self._step(f"{op} {tier}", partial(self._batch, op, tier, "installed"))
-            if op == "attention" and self.settings.rivals:
-                self._step(f"rivals {tier}", partial(self._batch, op, tier, "rivals"))
+    def _measure(self, op: str, tier: str, who: str) -> None:
+        name = {"rivals": "rivals", "compiled": f"compiled {op}"}.get(who, op)
+        self._step(f"{name} {tier}", partial(self._batch, op, tier, who))
 
     def _step(self, name: str, work: Callable[[], str | None]) -> None:
         """Run one step and record how it went; nothing that happens in it stops the others."""
@@ -175,7 +183,8 @@ class Session:
                 self.record[what] = result
 
         problems: list[str] = []
-        return self._supervisor.run(self._new_batch(what, "", ""), keep) or "".join(problems)
+        batch = self._new_batch(what, "", "")
+        return self._supervisor.run(batch, self.settings.limit, keep) or "".join(problems)
 
     def _rename(self, device: str) -> None:
         """File the record under the device, once its name is known."""
@@ -188,7 +197,10 @@ class Session:
             self.record["measurements"].append(result)
             self._save()
 
-        return self._supervisor.run(self._new_batch(op, tier, who), keep)
+        limit = self.settings.limit
+        if who == "rivals" and not self.settings.dry:
+            limit = max(limit, _TUNING_LIMIT)
+        return self._supervisor.run(self._new_batch(op, tier, who), limit, keep)
 
     def _new_batch(self, op: str, tier: str, who: str) -> Batch:
         dry = self.settings.dry
@@ -211,10 +223,12 @@ class Session:
         if self.settings.dry:
             yield "timestep_features", [str(folder / "test_timestep_features.py"), "-k", "refus"]
             return
-        for op in operations():
+        for op in TIERS:
             files = sorted(folder.glob(f"test_{op}*.py"))
             yield op, [str(f) for f in files if not any(part in f.stem for part in _NO_GPU_NEEDED)]
-        yield "gpu", [str(ROOT / "tests"), "-m", "gpu", f"--ignore={folder}"]
+        others = [f for f in sorted(folder.parent.rglob("test_*.py")) if f.parent != folder]
+        marked = [str(f) for f in others if "mark.gpu" in f.read_text(encoding="utf-8")]
+        yield "gpu", [*marked, "-m", "gpu"]
 
     def _pytest(self, name: str, arguments: list[str]) -> str | None:
         events = self._place.scratch / f"tests-{name}.jsonl"
@@ -266,14 +280,8 @@ def counts(events: Path) -> dict[str, Any]:
     return {**found, "failures": failures[:20]}
 
 
-def operations() -> list[str]:
-    """Return the operations that are measured, as their files are named."""
-    folder = Path(__file__).parent / "ops"
-    return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
-
-
-def commit(root: Path) -> dict[str, Any]:
-    """Return the commit of the sources and whether they differ from it; None where git cannot."""
+def commit(root: Path, otherwise: str | None) -> dict[str, Any]:
+    """Return the commit of the sources and whether they differ from it, None if nothing tells."""
 
     def git(*arguments: str) -> str | None:
         command = ["git", "-C", str(root), *arguments]
@@ -285,4 +293,4 @@ def commit(root: Path) -> dict[str, Any]:
 
     head = git("rev-parse", "HEAD")
     changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": head, "changed": None if changed is None else bool(changed)}
+    return {"commit": head or otherwise, "changed": None if changed is None else bool(changed)}

@@ -17,6 +17,7 @@ from benchmarks.gpu.batch import FAILED, Batch
 
 _POLL_SECONDS = 0.05
 _START_SECONDS = 90.0
+_GRACE_SECONDS = 15.0
 _TAIL_CHARACTERS = 600
 
 
@@ -40,7 +41,8 @@ class Workplace:
 
     def variables(self) -> dict[str, str]:
         """Return the environment of a step."""
-        path = os.pathsep.join(str(entry) for entry in self.path)
+        inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        path = os.pathsep.join([*map(str, self.path), *filter(None, inherited)])
         return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **self.environment}
 
     def start(self, command: Sequence[str | Path]) -> "subprocess.Popen[bytes]":
@@ -97,16 +99,21 @@ def ending(status: int) -> str:
 class Supervisor:
     """Runs batches of measurements, each in as many processes as its failures need."""
 
-    def __init__(self, place: Workplace, deadline: float, limit: float) -> None:
-        self._place, self._deadline, self._limit = place, deadline, limit
+    def __init__(self, place: Workplace, deadline: float) -> None:
+        self._place, self._deadline = place, deadline
         self._count = 0
 
-    def run(self, batch: Batch, record: Callable[[dict[str, Any]], None]) -> str | None:
-        """Run a batch; `record` gets every result at once. Return why it ended early, or None."""
+    def run(
+        self, batch: Batch, limit: float, record: Callable[[dict[str, Any]], None]
+    ) -> str | None:
+        """Run a batch, each measurement for at most `limit` seconds.
+
+        `record` gets every result at once. Return why the batch ended early, or None.
+        """
         idle = 0
         while True:
             finished = len(batch.done)
-            reason, over = self._one_process(batch, record)
+            reason, over = self._one_process(batch, limit, record)
             if over:
                 return reason
             idle = 0 if len(batch.done) > finished else idle + 1
@@ -114,7 +121,7 @@ class Supervisor:
                 return reason
 
     def _one_process(
-        self, batch: Batch, record: Callable[[dict[str, Any]], None]
+        self, batch: Batch, limit: float, record: Callable[[dict[str, Any]], None]
     ) -> tuple[str | None, bool]:
         """Return what went wrong and whether the batch is over."""
         self._count += 1
@@ -127,7 +134,7 @@ class Supervisor:
             [sys.executable, "-m", "benchmarks.gpu.worker", batch_file, events.path]
         )
         try:
-            problem = self._watch(process, events)
+            problem = self._watch(process, events, limit)
         finally:
             end(process)
         events.read()
@@ -143,7 +150,9 @@ class Supervisor:
             problem = None
         return problem, over_time
 
-    def _watch(self, process: "subprocess.Popen[bytes]", events: "Events") -> str | None:
+    def _watch(
+        self, process: "subprocess.Popen[bytes]", events: "Events", limit: float
+    ) -> str | None:
         """Wait for the process; return why it has to be killed, None if it ended."""
         since = time.time()
         while process.poll() is None:
@@ -151,10 +160,10 @@ class Supervisor:
             if events.read():
                 since = time.time()
             now = time.time()
-            limit = _START_SECONDS if events.fresh else self._limit
-            if now - since > limit:
-                return f"no result after {limit:.0f} s"
-            if now > self._deadline + self._limit / 4:
+            allowed = _START_SECONDS if events.fresh else limit
+            if now - since > allowed:
+                return f"no result after {allowed:.0f} s"
+            if now > self._deadline + _GRACE_SECONDS:
                 return "the time budget was used up while it ran"
         return None
 

@@ -59,7 +59,8 @@ def tasks(op: Op, batch: Batch) -> Iterator[Task]:
         files = [RivalFile.parse(text) for text in batch.rivals]
         every = [FileRival(file, Path(batch.choices)).implementation() for file in files]
     else:
-        every = op.implementations()
+        compiled = batch.who == "compiled"
+        every = [each for each in op.implementations() if each.compiled == compiled]
     for case in op.cases.get(batch.tier, []):
         for mode in op.modes:
             for implementation in every:
@@ -132,7 +133,8 @@ def ceilings(batch: Batch) -> dict[str, Any]:
     device = torch.device(batch.device)
     large = device.type == "cuda"
     rounds = 20 if large else 3
-    copies = clock.copy_samples(device, 1 << (32 if large else 22), rounds)
+    free = torch.cuda.mem_get_info(device)[0] if large else 1 << 26
+    copies = clock.copy_samples(device, min(1 << 32, free // 16), rounds)
     size = 8192 if large else 256
     products = clock.matmul_samples(device, torch.bfloat16, size, rounds)
     copy, product = clock.middle_half(copies), clock.middle_half(products)

@@ -86,7 +86,7 @@ def implementations() -> list[Implementation]:
     return [
         *(own("adaln_modulate", name, MODES, _ours) for name in ("triton", "cuda", "cpu")),
         Implementation("eager", MODES, _eager),
-        Implementation("torch.compile", MODES, _compiled, tiers=("second",)),
+        Implementation("torch.compile", MODES, _compiled, tiers=("second",), compiled=True),
     ]
 
 

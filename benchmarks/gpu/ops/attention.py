@@ -96,7 +96,9 @@ def implementations() -> list[Implementation]:
     eager = Implementation(
         "eager", differentiable, _plain(plain_attention), tiers=("first", *_SMALL)
     )
-    compiled = Implementation("torch.compile", differentiable, _compiled, tiers=("second",))
+    compiled = Implementation(
+        "torch.compile", differentiable, _compiled, tiers=("second",), compiled=True
+    )
     return [*ours, *rivals.sdpa(), *rivals.packages(), eager, compiled]
 
 
