@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
+from disca_kernels import attention_jvp, backend
 from disca_kernels.ops.attention import cuda
 from disca_kernels.ops.attention.cases import AttentionCase, Operands, attention_in_dtype
 from disca_kernels.ops.attention.reference import attention_jvp_reference
@@ -206,6 +207,24 @@ def test_a_nan_in_a_valid_key_is_not_hidden(emulator: Emulator) -> None:
     for x in results:
         assert x[0, 0].isfinite().all()
         assert x[0, 1].isnan().all()
+
+
+@needs_compiler
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton does not interpret where a GPU is")
+def test_the_value_has_a_gradient(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels compute it, from the log-sum-exp of this one."""
+    monkeypatch.setitem(backend._DEVICE_REASONS, backend.Backend.CUDA, lambda _: [])
+    monkeypatch.setattr(cuda._ext, "why_not", lambda: "emulated")
+    operands = AttentionCase(1, 2, 20, 70, 128, BF16, key_heads=1).operands()
+
+    def gradients(chosen: str) -> tuple[Tensor, ...]:
+        leaves = tuple(x.detach().requires_grad_() for x in operands.primals)
+        o, o_dot = attention_jvp(leaves, operands.tangents, backend=chosen)
+        assert not o_dot.requires_grad
+        return torch.autograd.grad(o, leaves, operands.cotangent)
+
+    for actual, expected in zip(gradients("cuda"), gradients("eager"), strict=True):
+        assert float((actual - expected).norm()) < 1e-2 * float(expected.norm())
 
 
 RELEASE = "    M::release(base + L::kKEmpty + 8 * slot, lane);\n"

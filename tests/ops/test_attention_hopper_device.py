@@ -63,10 +63,12 @@ def test_another_compute_capability_is_a_reason(monkeypatch: pytest.MonkeyPatch)
         assert any("needs compute capability 9.0 exactly" in r for r in found) is wrong, found
 
 
-def test_a_causal_mask_is_refused() -> None:
+@pytest.mark.parametrize("mask", [{"causal": True}, {"block_causal": 4}])
+def test_a_causal_mask_is_refused(mask: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("disca_kernels.backend.why_not", lambda *_: [])
     q = torch.zeros(1, 1, 4, 128, dtype=BF16)
     with pytest.raises(BackendError, match=r"no causal mask.*Would work: 'triton', 'eager'"):
-        cuda.launch_jvp((q, q, q), (q, None, None), None, 1, 1.0)
+        attention_jvp((q, q, q), (q, None, None), **mask, backend="cuda")
 
 
 def test_auto_never_chooses_it() -> None:
