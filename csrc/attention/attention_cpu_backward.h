@@ -80,12 +80,14 @@ void pack_query_tile(const BackwardParams& p, const BackwardLayout<E>& layout, s
   E* packed = reinterpret_cast<E*>(head_scratch);
   const Source q = block_of(p.q, problem.dtype, b, h, first, rows);
   const Source d_o = block_of(p.d_o, problem.dtype, b, h, first, rows);
-  const std::int64_t dim = layout.dim, n = layout.tile_rows;
+  const std::int64_t dim = layout.dim, n = round_up(rows, kRows);
   pack_rows<E>(problem.dtype, q, n, dim, Factors<E>(problem.scale).query,
                packed + layout.q_rows + tile * layout.rows_tile);
   pack_rows<E>(problem.dtype, d_o, n, dim, 1.0, packed + layout.do_rows + tile * layout.rows_tile);
-  pack_natural<E>(problem.dtype, q, n, dim, packed + layout.q + tile * layout.natural_tile);
-  pack_natural<E>(problem.dtype, d_o, n, dim, packed + layout.d_o + tile * layout.natural_tile);
+  pack_natural<E>(problem.dtype, q, n, layout.tile_rows, dim,
+                  packed + layout.q + tile * layout.natural_tile);
+  pack_natural<E>(problem.dtype, d_o, n, layout.tile_rows, dim,
+                  packed + layout.d_o + tile * layout.natural_tile);
   auto* statistics = reinterpret_cast<RowStatistics*>(head_scratch + layout.statistics) +
                      tile * layout.tile_rows;
   for (std::int64_t r = 0; r < rows; ++r) {
@@ -131,9 +133,11 @@ void pack_backward(const void* params, std::int64_t head, std::int64_t task, flo
   const Source k = block_of(p.k, dtype, b, h, start, n), v = block_of(p.v, dtype, b, h, start, n);
   E* packed = reinterpret_cast<E*>(head_scratch);
   const std::int64_t offset = task * layout.transposed_block;
-  pack_transposed<E>(dtype, k, kTileKeys, layout.dim, packed + layout.k_transposed + offset);
-  pack_transposed<E>(dtype, v, kTileKeys, layout.dim, packed + layout.v_transposed + offset);
-  pack_natural<E>(dtype, k, kTileKeys, layout.dim, packed + layout.k + task * layout.natural_block);
+  const std::int64_t padded = round_up(n, kPanel);
+  pack_transposed<E>(dtype, k, padded, layout.dim, packed + layout.k_transposed + offset);
+  pack_transposed<E>(dtype, v, padded, layout.dim, packed + layout.v_transposed + offset);
+  pack_natural<E>(dtype, k, padded, kTileKeys, layout.dim,
+                  packed + layout.k + task * layout.natural_block);
 }
 
 // Replaces scores by weights P, and dP by dS = P * (dP - delta); columns from n on become 0.
@@ -199,7 +203,7 @@ struct Chunk {
       const std::int64_t start = block * kTileKeys;
       const std::int64_t n = most(least(n_valid - start, kTileKeys), 0);
       float *dk = scratch + layout.dk, *dv = scratch + layout.dv;
-      for (std::int64_t i = 0; i < kTileKeys * layout.width; i += kVec) {
+      for (std::int64_t i = 0; i < round_up(n, kRows) * layout.width; i += kVec) {
         store(dk + i, Vec{});
         store(dv + i, Vec{});
       }
@@ -241,15 +245,18 @@ struct Chunk {
     float *s = scratch + layout.s, *dp = scratch + layout.dp;
     score(layout.q_rows, tile, layout.k_transposed, block, n, s);
     score(layout.do_rows, tile, layout.v_transposed, block, n, dp);
+    const std::int64_t columns = round_up(round_up(n, kRows), kPanel);
     for (std::int64_t r = 0; r < round_up(rows, kRows); ++r) {
       gradient_row<E>(row(tile, r), s + r * kTileKeys, dp + r * kTileKeys,
-                      r < rows ? seen(tile, r, block) : 0, kTileKeys, factors.score);
+                      r < rows ? seen(tile, r, block) : 0, columns, factors.score);
     }
-    products(block, tile, round_up(rows, kRows), n);
+    products(block, tile, round_up(rows, kRows), columns, n);
   }
 
   // dV += P^T dO, dK += dS^T Q, dQ += dS K
-  void products(std::int64_t block, std::int64_t tile, std::int64_t rows, std::int64_t n) {
+  void products(std::int64_t block, std::int64_t tile, std::int64_t rows,
+                [[maybe_unused]] std::int64_t columns,
+                std::int64_t n) {
     constexpr int kStride = Layout<E>::kKeySteps;
     constexpr int kPerStep = Element<E>::kPerStep;
     float *s = scratch + layout.s, *dp = scratch + layout.dp;
@@ -261,12 +268,13 @@ struct Chunk {
       Pair* ds_pairs = reinterpret_cast<Pair*>(scratch + layout.ds_transposed);
       Pair* ds_rows = reinterpret_cast<Pair*>(scratch + layout.ds);
       for (std::int64_t r = 0; r < rows; r += 2) {
-        const std::int64_t row = r * kTileKeys;
-        interleave(s + row, s + row + kTileKeys, kTileKeys, p_pairs + row / 2);
-        interleave(dp + row, dp + row + kTileKeys, kTileKeys, ds_pairs + row / 2);
-      }
-      for (std::int64_t i = 0; i < rows * kTileKeys; i += kVec) {
-        store_operand(ds_rows, i, load(dp + i));
+        const std::int64_t row = r * kTileKeys, next = row + kTileKeys;
+        interleave(s + row, s + next, columns, p_pairs + row / 2);
+        interleave(dp + row, dp + next, columns, ds_pairs + row / 2);
+        for (std::int64_t i = 0; i < columns; i += kVec) {
+          store_operand(ds_rows, row + i, load(dp + row + i));
+          store_operand(ds_rows, next + i, load(dp + next + i));
+        }
       }
       p_transposed = p_pairs;
       ds_transposed = ds_pairs;

@@ -382,15 +382,16 @@ void pack_keys(const void* params, std::int64_t head, std::int64_t block, float*
   E* packed = reinterpret_cast<E*>(head_scratch);
   E* keys = packed + block * layout.transposed_block;
   E* values = packed + layout.v + block * layout.natural_block;
-  pack_transposed<E>(p.problem.dtype, source(p.k), kTileKeys, layout.dim, keys);
-  pack_natural<E>(p.problem.dtype, source(p.v), kTileKeys, layout.dim, values);
+  const Dtype dtype = p.problem.dtype;
+  const std::int64_t padded = round_up(n, kPanel);
+  pack_transposed<E>(dtype, source(p.k), padded, layout.dim, keys);
+  pack_natural<E>(dtype, source(p.v), padded, kTileKeys, layout.dim, values);
   if (p.k_dot.data != nullptr) {
-    pack_transposed<E>(p.problem.dtype, source(p.k_dot), kTileKeys, layout.dim,
-                       keys + layout.k_dot);
+    pack_transposed<E>(dtype, source(p.k_dot), padded, layout.dim, keys + layout.k_dot);
   }
   if (p.v_dot.data != nullptr) {
-    pack_natural<E>(p.problem.dtype, source(p.v_dot), kTileKeys, layout.dim,
-                    values + layout.v_dot - layout.v);
+    E* tangents = values + layout.v_dot - layout.v;
+    pack_natural<E>(dtype, source(p.v_dot), padded, kTileKeys, layout.dim, tangents);
   }
 }
 

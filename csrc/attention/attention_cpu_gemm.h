@@ -159,11 +159,14 @@ struct Packer<float> {
     }
   }
 
-  // B = X: a panel holds kPanel columns of X, its steps are rows; columns are padded to vectors.
+  // B = X: a panel holds kPanel columns of X, its steps are rows, of which it has room for
+  // `capacity`; columns are padded to vectors.
   template <class X>
-  static void natural(const Source& x, std::int64_t n_rows, std::int64_t dim, float* out) {
+  static void natural(const Source& x, std::int64_t n_rows, std::int64_t capacity,
+                      std::int64_t dim, float* packed) {
     const std::int64_t width = round_up(dim, kVec);
     for (std::int64_t first = 0; first < width; first += kPanel) {
+      float* out = packed + first * capacity;
       const std::int64_t columns = least(kPanel, width - first);
       const std::int64_t present = least(columns, dim - first);
       for (std::int64_t r = 0; r < n_rows; ++r) {
@@ -215,9 +218,11 @@ struct Packer<Pair> {
   }
 
   template <class X>
-  static void natural(const Source& x, std::int64_t n_rows, std::int64_t dim, Pair* out) {
+  static void natural(const Source& x, std::int64_t n_rows, std::int64_t capacity,
+                      std::int64_t dim, Pair* packed) {
     const std::int64_t width = round_up(dim, kVec);
     for (std::int64_t first = 0; first < width; first += kPanel) {
+      Pair* out = packed + first * (capacity / 2);
       const std::int64_t columns = least(kPanel, width - first);
       for (std::int64_t r = 0; r < n_rows; r += 2) {
         for (std::int64_t d = first; d < first + columns; ++d) {
@@ -254,9 +259,10 @@ void pack_transposed(Dtype dtype, const Source& x, std::int64_t n_rows, std::int
 }
 
 template <class E>
-void pack_natural(Dtype dtype, const Source& x, std::int64_t n_rows, std::int64_t dim, E* out) {
+void pack_natural(Dtype dtype, const Source& x, std::int64_t n_rows, std::int64_t capacity,
+                  std::int64_t dim, E* out) {
   with_type(dtype, [&](auto tag) {
-    Packer<E>::template natural<decltype(tag)>(x, n_rows, dim, out);
+    Packer<E>::template natural<decltype(tag)>(x, n_rows, capacity, dim, out);
   });
 }
 
