@@ -80,6 +80,7 @@ CUtensorMap tensor_map(const Tensor& t, CUtensorMapDataType dtype) {
 template <typename V>
 void launch(const Operands<Ptx>& operands, const Problem& problem, unsigned blocks,
             cudaStream_t stream) {
+  static_assert(Layout<V>::kBytes <= 227 * 1024, "more shared memory than a block can have");
   check_cuda(cudaFuncSetAttribute(jvp_kernel<V>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(Layout<V>::kBytes)),
              "asking for shared memory");

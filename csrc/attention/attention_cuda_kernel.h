@@ -3,7 +3,7 @@
 //
 // A block of 384 threads owns 128 queries of one head. Its first warpgroup copies tiles of 64 keys
 // into a ring of two stages; the other two own 64 queries each and compute
-//   S = q k^T,  S_dot = q_dot k^T + q k_dot^T,  P = exp2(scale S - m),  H = P (scale S_dot - c),
+//   S = q k^T,  S_dot = q_dot k^T + q k_dot^T,  P = exp(scale S - m),  H = P (scale S_dot - c),
 //   O = P v,  T = H v + P v_dot,
 // where m is the running maximum and c the running mean of scale * S_dot, weighted by P. A tile
 // moves c first; T is corrected by (c_old - c_new) O and only then are the tile's terms added, so
