@@ -163,5 +163,5 @@ def _visible(q: Tensor, k: Tensor, kv_lengths: Tensor | None, block: int | None)
 
 
 def _scores(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
-    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    scores: Tensor = (q @ k.mT) * q.shape[-1] ** -0.5
     return scores.masked_fill(~visible, torch.finfo(q.dtype).min)
