@@ -25,7 +25,7 @@ class _Kernel(NamedTuple):
     constants: Mapping[str, bool] = {}
 
 
-_KERNELS = {
+KERNELS = {
     "fwd": _Kernel(
         "triton_forward:_attention_fwd_kernel",
         _PRIMALS,
@@ -84,9 +84,9 @@ def spec(
         tma: whether operands are tensor descriptors; by default if the device has them.
         tile: another tile than the one in the table.
     """
-    found = _KERNELS[kernel]
-    tile = tile or getattr(tiles_for(arch, head_dim, 4 if dtype == "fp32" else 2), kernel)
+    found = KERNELS[kernel]
     tma = has_descriptors(arch) if tma is None else tma
+    tile = tile or getattr(tiles_for(arch, head_dim, 4 if dtype == "fp32" else 2, tma), kernel)
     block_d = padded_dim(head_dim)
     pointers = dict.fromkeys(found.alike, f"*{dtype}") | dict.fromkeys(found.floats, "*fp32")
     pointers["p_lengths"] = "*i64"
@@ -114,7 +114,6 @@ def spec(
         divisible=(*pointers, *strides, *found.numbers, *(() if tma else operands)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        maxnreg=tile.maxnreg,
         label=f"{label}, {tile.block_m}x{tile.block_n}, {tile.num_stages} stages",
         matrix=dtype != "fp32",
     )
@@ -126,7 +125,7 @@ def specs(arch: int) -> list[KernelSpec]:
         spec(kernel, arch, head_dim, dtype)
         for head_dim in (64, 128)
         for dtype in ("bf16", "fp16")
-        for kernel in _KERNELS
+        for kernel in KERNELS
     ]
     # A width that is padded, and the widest one.
-    return common + [spec(kernel, arch, head_dim) for head_dim in (72, 256) for kernel in _KERNELS]
+    return common + [spec(kernel, arch, head_dim) for head_dim in (72, 256) for kernel in KERNELS]

@@ -14,7 +14,6 @@ class Tile(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None
 
 
 class Tiles(NamedTuple):
@@ -27,69 +26,87 @@ class Tiles(NamedTuple):
     dkdv: Tile
 
 
+# Keyed by compute capability (times ten), bytes of an element and padded head dimension. Chosen by
+# what they compile to (`make codegen`), not by timings: the largest tiles whose kernels keep
+# everything in registers, or as large as the matrix units use whole.
+# - 8.0: single warps multiply, and pointers take registers; larger tiles of jvp, tangent and dkdv
+#   spill, or their warps repeat each other's products.
+# - 9.0: 64 rows for each group of four warps, for D <= 128 always two groups. In jvp at D = 128 two
+#   accumulators of 128 x 128 leave room for scores of 128 x 64; at D = 256 they leave none, so that
+#   jvp and tangent fall back to single warps.
+# - 10.0: accumulators have a memory of their own, and 9.0's tiles fit. At D = 256 larger ones of
+#   jvp need too much of it and compile to nothing at all, which `make codegen` would show.
+# Float32 goes through the ordinary units, so its tiles are small and only have to fit.
 _TILES = {
     (80, 2, 64): Tiles(
-        Tile(128, 64, 4, 2),
-        Tile(64, 32, 4, 2),
-        Tile(64, 64, 4, 2),
-        Tile(64, 32, 4, 2),
-        Tile(32, 64, 4, 2),
+        fwd=Tile(128, 64, 4, 2),
+        jvp=Tile(64, 32, 4, 2),
+        tangent=Tile(64, 32, 4, 2),
+        dq=Tile(128, 64, 8, 2),
+        dkdv=Tile(32, 64, 4, 2),
     ),
     (80, 2, 128): Tiles(
-        Tile(64, 64, 8, 2),
-        Tile(32, 32, 8, 2),
-        Tile(64, 32, 8, 2),
-        Tile(64, 64, 8, 2),
-        Tile(32, 64, 8, 2),
+        fwd=Tile(64, 64, 4, 2),
+        jvp=Tile(32, 32, 4, 2),
+        tangent=Tile(32, 32, 4, 2),
+        dq=Tile(64, 64, 8, 2),
+        dkdv=Tile(32, 64, 8, 2),
     ),
     (80, 2, 256): Tiles(
-        Tile(64, 32, 8, 2),
-        Tile(16, 32, 8, 2),
-        Tile(32, 32, 8, 1),
-        Tile(32, 32, 8, 1),
-        Tile(32, 32, 8, 1),
+        fwd=Tile(64, 32, 8, 2),
+        jvp=Tile(16, 32, 8, 2),
+        tangent=Tile(16, 32, 8, 1),
+        dq=Tile(32, 32, 8, 1),
+        dkdv=Tile(32, 32, 8, 1),
     ),
     (90, 2, 64): Tiles(
-        Tile(128, 128, 8, 2),
-        Tile(128, 64, 8, 2),
-        Tile(128, 128, 8, 2),
-        Tile(128, 64, 8, 2),
-        Tile(64, 128, 8, 2),
+        fwd=Tile(128, 128, 8, 2),
+        jvp=Tile(128, 64, 8, 2),
+        tangent=Tile(128, 128, 8, 2),
+        dq=Tile(128, 64, 8, 2),
+        dkdv=Tile(64, 128, 8, 2),
     ),
     (90, 2, 128): Tiles(
-        Tile(128, 128, 8, 2),
-        Tile(128, 64, 8, 2),
-        Tile(128, 64, 8, 2),
-        Tile(128, 64, 8, 2),
-        Tile(64, 128, 8, 2),
+        fwd=Tile(128, 128, 8, 2),
+        jvp=Tile(128, 64, 8, 2),
+        tangent=Tile(128, 64, 8, 2),
+        dq=Tile(128, 64, 8, 2),
+        dkdv=Tile(64, 128, 8, 2),
     ),
     (90, 2, 256): Tiles(
-        Tile(128, 64, 8, 1),
-        Tile(64, 32, 8, 1),
-        Tile(64, 32, 8, 1),
-        Tile(64, 32, 8, 1),
-        Tile(32, 64, 8, 1),
+        fwd=Tile(128, 32, 8, 1),
+        jvp=Tile(16, 32, 8, 1),
+        tangent=Tile(16, 64, 8, 1),
+        dq=Tile(64, 32, 8, 1),
+        dkdv=Tile(32, 64, 8, 1),
+    ),
+    (100, 2, 256): Tiles(
+        fwd=Tile(128, 64, 8, 1),
+        jvp=Tile(16, 32, 8, 1),
+        tangent=Tile(128, 32, 8, 1),
+        dq=Tile(64, 32, 8, 1),
+        dkdv=Tile(32, 64, 8, 1),
     ),
     (80, 4, 64): Tiles(
-        Tile(32, 32, 4, 1),
-        Tile(16, 16, 8, 1),
-        Tile(16, 16, 8, 1),
-        Tile(32, 32, 8, 1),
-        Tile(32, 32, 8, 1),
+        fwd=Tile(32, 32, 4, 1),
+        jvp=Tile(16, 16, 8, 1),
+        tangent=Tile(16, 16, 8, 1),
+        dq=Tile(32, 32, 8, 1),
+        dkdv=Tile(32, 32, 8, 1),
     ),
     (80, 4, 128): Tiles(
-        Tile(16, 32, 4, 1),
-        Tile(16, 16, 8, 1),
-        Tile(16, 16, 8, 1),
-        Tile(16, 16, 8, 1),
-        Tile(16, 16, 8, 1),
+        fwd=Tile(16, 32, 4, 1),
+        jvp=Tile(16, 16, 8, 1),
+        tangent=Tile(16, 16, 8, 1),
+        dq=Tile(16, 16, 8, 1),
+        dkdv=Tile(16, 16, 8, 1),
     ),
     (80, 4, 256): Tiles(
-        Tile(16, 16, 8, 1),
-        Tile(16, 16, 8, 1),
-        Tile(16, 16, 8, 1),
-        Tile(16, 16, 8, 1),
-        Tile(16, 16, 8, 1),
+        fwd=Tile(16, 16, 8, 1),
+        jvp=Tile(16, 16, 8, 1),
+        tangent=Tile(16, 16, 8, 1),
+        dq=Tile(16, 16, 8, 1),
+        dkdv=Tile(16, 16, 8, 1),
     ),
 }
 
@@ -99,22 +116,25 @@ def padded_dim(head_dim: int) -> int:
     return max(1 << (head_dim - 1).bit_length(), 16)
 
 
-def architecture(capability: int) -> int:
-    """Return the compute capability (times ten) whose tiles a device takes: 80, 90 or 100."""
-    # 12.x multiplies with single warps and has less shared memory, as 8.x does.
-    return next((a for a in (100, 90) if a <= capability < 120), 80)
-
-
 def has_descriptors(capability: int) -> bool:
     """Whether the hardware copies tiles by tensor descriptors."""
     return capability >= 90
 
 
-def tiles_for(capability: int, head_dim: int, itemsize: int) -> Tiles:
-    """Return the tiles for a compute capability (times ten), head dimension and element size."""
+def tiles_for(capability: int, head_dim: int, itemsize: int, descriptors: bool) -> Tiles:
+    """Return the tiles of a device.
+
+    Args:
+        capability: compute capability times ten.
+        head_dim: D.
+        itemsize: bytes of an element.
+        descriptors: whether operands are tensor descriptors; pointers need more registers.
+    """
     size, dim = max(itemsize, 2), max(padded_dim(head_dim), 64)
-    order = (architecture(capability), 90, 80) if architecture(capability) > 80 else (80,)
-    return next(_TILES[a, size, dim] for a in order if (a, size, dim) in _TILES)
+    # 12.x multiplies with single warps and has less shared memory, as 8.x does.
+    data_centre = descriptors and 90 <= capability < 120
+    order = [arch for arch in (100, 90) if data_centre and arch <= capability] + [80]
+    return next(_TILES[arch, size, dim] for arch in order if (arch, size, dim) in _TILES)
 
 
 @cache
@@ -126,3 +146,12 @@ def _capability(device: torch.device) -> int:
 def capability(device: torch.device) -> int:
     """Return the compute capability of `device` times ten; the interpreter, on a CPU, is 9.0."""
     return _capability(device) if device.type == "cuda" else 90
+
+
+def tiles(device: torch.device, head_dim: int, itemsize: int, descriptors: bool) -> Tiles:
+    """Return the tiles on `device`, arguments as `tiles_for`.
+
+    The interpreter has no registers to run out of, but is slow on many small tiles.
+    """
+    size = itemsize if device.type == "cuda" else 2
+    return tiles_for(capability(device), head_dim, size, descriptors)

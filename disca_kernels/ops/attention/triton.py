@@ -19,7 +19,7 @@ from disca_kernels.ops.attention.tiles import (
     capability,
     has_descriptors,
     padded_dim,
-    tiles_for,
+    tiles,
 )
 from disca_kernels.ops.attention.triton_backward import (
     _attention_bwd_kernel_dkdv,
@@ -42,22 +42,30 @@ def _described(tensors: Sequence[Tensor | None]) -> list[list[int]] | None:
     return None if any(f is None for f in found) else found
 
 
-def _operands(tensors: Sequence[Tensor | None], axes: str, tile: Tile) -> tuple[list[Any], bool]:
-    """Return operands as a kernel takes them, and whether they are descriptors.
+def _operands(
+    tensors: Sequence[Tensor | None], axes: str, kernel: str
+) -> tuple[list[Any], Tile, bool]:
+    """Return operands as a kernel takes them, its tile, and whether they are descriptors.
 
     `axes` says of each tensor whether its rows are queries, "m", or keys, "n".
     """
+    q = tensors[0]
     described = _described(tensors)
+    tile = getattr(tiles(q.device, q.shape[-1], q.element_size(), described is not None), kernel)
     if described is None:
-        return list(tensors), False
-    block_d = padded_dim(tensors[0].shape[-1])
+        return list(tensors), tile, False
     height = {"m": tile.block_m, "n": tile.block_n}
-    return [
-        None
-        if x is None
-        else TensorDescriptor(x, list(x.shape), steps, [1, 1, height[axis], block_d])
-        for x, axis, steps in zip(tensors, axes, described, strict=True)
-    ], True
+    block_d = padded_dim(q.shape[-1])
+    return (
+        [
+            None
+            if x is None
+            else TensorDescriptor(x, list(x.shape), steps, [1, 1, height[axis], block_d])
+            for x, axis, steps in zip(tensors, axes, described, strict=True)
+        ],
+        tile,
+        True,
+    )
 
 
 def _aligned(primals: Primals, tangents: Tangents) -> tuple[Tensor | None, ...]:
@@ -86,6 +94,8 @@ def _constants(tile: Tile, head_dim: int, block: int, tma: bool) -> dict[str, in
         "TMA": tma,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        # The exponent's multiplication and subtraction are one instruction, in every version.
+        "enable_fp_fusion": True,
     }
 
 
@@ -120,9 +130,8 @@ def launch_fwd(
     q, k, v = rows(q), rows(k), rows(v)
     o, lse = _like(q), _per_row(q)
     rest = _like(q) if wide and q.element_size() == 2 else None
-    tile = tiles_for(capability(q.device), q.shape[3], q.element_size()).fwd
     if o.numel():
-        operands, tma = _operands((q, k, v), "mnn", tile)
+        operands, tile, tma = _operands((q, k, v), "mnn", "fwd")
         _attention_fwd_kernel[(triton.cdiv(q.shape[2], tile.block_m) * q.shape[0] * q.shape[1],)](
             *operands, o, rest, lse, dense(kv_lengths),
             *strides(q, k, v), *_sizes(q, k, block, scale),
@@ -140,9 +149,8 @@ def launch_jvp(
     """
     q, k, v, *dots = _aligned(primals, tangents)
     o, lse, o_dot, lse_dot = _like(q), _per_row(q), _like(q), _per_row(q)
-    tile = tiles_for(capability(q.device), q.shape[3], q.element_size()).jvp
     if o.numel():
-        operands, tma = _operands((q, k, v, *dots), "mnnmnn", tile)
+        operands, tile, tma = _operands((q, k, v, *dots), "mnnmnn", "jvp")
         _attention_jvp_kernel[(triton.cdiv(q.shape[2], tile.block_m) * q.shape[0] * q.shape[1],)](
             *operands, o, lse, o_dot, lse_dot, dense(kv_lengths),
             *strides(q, k, v), *_sizes(q, k, block, scale),
@@ -168,9 +176,9 @@ def launch_tangent(
     """
     q, k, v, *dots = _aligned(primals, tangents)
     o_dot, lse_dot = _like(q), _per_row(q)
-    tile = tiles_for(capability(q.device), q.shape[3], q.element_size()).tangent
     if o_dot.numel():
-        operands, tma = _operands((q, k, v, *dots, dense(o), dense(rest)), "mnnmnnmm", tile)
+        tensors = (q, k, v, *dots, dense(o), dense(rest))
+        operands, tile, tma = _operands(tensors, "mnnmnnmm", "tangent")
         grid = (triton.cdiv(q.shape[2], tile.block_m) * q.shape[0] * q.shape[1],)
         _attention_tangent_kernel[grid](
             *operands, dense(lse), o_dot, lse_dot, dense(kv_lengths),
@@ -195,22 +203,21 @@ def launch_bwd(
     q, k, v, do = *map(rows, primals), rows(do)
     o, lse, dlse, kv_lengths = dense(o), dense(lse), dense(dlse), dense(kv_lengths)
     dq, dk, dv = _like(q), _like(k), _like(v)
-    tiles = tiles_for(capability(q.device), q.shape[3], q.element_size())
     numbers = (*strides(q, k, v, do), *_sizes(q, k, block, scale))
-    padded = triton.cdiv(q.shape[2], tiles.dq.block_m) * tiles.dq.block_m
+    operands, tile, tma = _operands((q, k, v, do), "mnnm", "dq")
+    padded = triton.cdiv(q.shape[2], tile.block_m) * tile.block_m
     per_row = torch.empty((2, *q.shape[:2], padded), dtype=torch.float32, device=q.device)
     if dq.numel():
-        operands, tma = _operands((q, k, v, do), "mnnm", tiles.dq)
-        grid = (triton.cdiv(q.shape[2], tiles.dq.block_m) * q.shape[0] * q.shape[1],)
+        grid = (triton.cdiv(q.shape[2], tile.block_m) * q.shape[0] * q.shape[1],)
         _attention_bwd_kernel_dq[grid](
             *operands, o, lse, dlse, dq, per_row, kv_lengths, *numbers,
-            **_constants(tiles.dq, q.shape[3], block, tma),
+            **_constants(tile, q.shape[3], block, tma),
         )  # fmt: skip
     if dk.numel():
-        operands, tma = _operands((q, k, v, do), "mnnm", tiles.dkdv)
-        grid = (triton.cdiv(k.shape[2], tiles.dkdv.block_n) * k.shape[0] * k.shape[1],)
+        operands, tile, tma = _operands((q, k, v, do), "mnnm", "dkdv")
+        grid = (triton.cdiv(k.shape[2], tile.block_n) * k.shape[0] * k.shape[1],)
         _attention_bwd_kernel_dkdv[grid](
             *operands, per_row, dk, dv, kv_lengths, *numbers, padded, per_row[0].numel(),
-            **_constants(tiles.dkdv, q.shape[3], block, tma),
+            **_constants(tile, q.shape[3], block, tma),
         )  # fmt: skip
     return dq, dk, dv

@@ -58,7 +58,7 @@ def _attention_bwd_kernel_dq(
     factor = scale * LOG2_E
     for TAIL in tl.static_range(2):
         for start in tl.range(
-            begin if TAIL else 0, stop if TAIL else begin, BLOCK_N, disable_licm=True
+            begin if TAIL else 0, stop if TAIL else begin, BLOCK_N, disable_licm=TMA and TAIL
         ):
             # [BLOCK_N, BLOCK_D]; K multiplies dS, where 0 times what is beyond the keys must be 0.
             b_k = load_rows(
@@ -130,11 +130,14 @@ def _attention_bwd_kernel_dkdv(
     if CAUSAL:
         b_first = o_n // block * block - (NK - NQ)
     b_first = tl.where(o_n < n_keys, b_first, 0x7FFFFFFF)
-    for i_h in tl.range(i_hk * GROUP, i_hk * GROUP + GROUP, num_stages=1, disable_licm=True):
+    for i_h in tl.range(i_hk * GROUP, i_hk * GROUP + GROUP, num_stages=1, disable_licm=TMA):
         p_row = p_rows + (i_b * H + i_h) * padded
         for WHOLE in tl.static_range(2):
             for start in tl.range(
-                whole if WHOLE else begin, NQ if WHOLE else whole, BLOCK_M, disable_licm=True
+                whole if WHOLE else begin,
+                NQ if WHOLE else whole,
+                BLOCK_M,
+                disable_licm=TMA and not WHOLE,
             ):
                 # [BLOCK_M, BLOCK_D]
                 b_q = load_rows(

@@ -44,7 +44,7 @@ def _attention_fwd_kernel(
     factor = scale * LOG2_E
     for TAIL in tl.static_range(2):
         for start in tl.range(
-            begin if TAIL else 0, stop if TAIL else begin, BLOCK_N, disable_licm=True
+            begin if TAIL else 0, stop if TAIL else begin, BLOCK_N, disable_licm=TMA and TAIL
         ):
             # [BLOCK_N, BLOCK_D]
             b_k = load_rows(

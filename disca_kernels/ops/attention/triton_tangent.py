@@ -84,7 +84,7 @@ def _attention_tangent_kernel(
                     begin if TAIL else 0,
                     end if TAIL else tl.minimum(begin, end),
                     BLOCK_N,
-                    disable_licm=True,
+                    disable_licm=TMA and TAIL,
                 ):
                     # [BLOCK_N, BLOCK_D]
                     b_k = load_rows(
