@@ -55,8 +55,10 @@ def test_backward(case: AttentionCase, backend: str) -> None:
     expected = gradients(attention_reference, double(operands.primals))
     eager = attention_gradient_in_dtype(operands.cotangent, *operands.primals, **kwargs)
     actual = gradients(attention, operands.primals, backend=backend)
+    # A tile sums D products one after another, a matrix library in parts.
+    factor = 2.0 * max(1.0, case.head_dim / 128)
     for name, a, r, e in zip("qkv", actual, expected, eager, strict=True):
-        assert_within_budget(a, r, e, name=f"attention d{name}")
+        assert_within_budget(a, r, e, name=f"attention d{name}", factor=factor)
 
 
 @pytest.mark.parametrize("way", ["pair", "func.jvp", "over a value"])
