@@ -153,5 +153,6 @@ def tiles(device: torch.device, head_dim: int, itemsize: int, descriptors: bool)
 
     The interpreter has no registers to run out of, but is slow on many small tiles.
     """
-    size = itemsize if device.type == "cuda" else 2
-    return tiles_for(capability(device), head_dim, size, descriptors)
+    if device.type != "cuda":
+        itemsize, descriptors = 2, True
+    return tiles_for(capability(device), head_dim, itemsize, descriptors)
