@@ -29,7 +29,8 @@ def _from_bfloat16(raw: np.ndarray) -> np.ndarray:
 def repair_bfloat16() -> None:
     """Replace the interpreter's bfloat16 casts and matrix product; calling it twice is harmless.
 
-    Has an effect only on kernels that run under `TRITON_INTERPRET=1` in this process.
+    Also lets a scalar bound a loop, which Triton up to 3.6 cannot do with NumPy from 2.4. Has an
+    effect only on kernels that run under `TRITON_INTERPRET=1` in this process.
     """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -73,3 +74,17 @@ def repair_bfloat16() -> None:
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder._disca_bfloat16 = True
+    _repair_index()
+
+
+def _repair_index() -> None:
+    """Convert a tensor of one element to an index, whatever its number of dimensions."""
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, *scope: Any) -> None:
+        original(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang_tensor = patch
