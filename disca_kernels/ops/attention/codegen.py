@@ -57,7 +57,7 @@ KERNELS = {
         "triton_backward:_attention_bwd_kernel_dkdv",
         (*_PRIMALS, "do"),
         ("p_dk", "p_dv"),
-        ("p_rows",),
+        ("rows",),
         numbers={"padded": "i32", "delta_offset": "i64"},
     ),
 }
@@ -90,11 +90,14 @@ def spec(
     block_d = padded_dim(head_dim)
     pointers = dict.fromkeys(found.alike, f"*{dtype}") | dict.fromkeys(found.floats, "*fp32")
     pointers["p_lengths"] = "*i64"
+    if tma and "rows" in pointers:
+        pointers["rows"] = f"tensordesc<fp32[1, 1, {tile.block_m}]>"
     operands = {}
     for name in found.operands:
         rows = tile.block_n if name[0] in "kv" else tile.block_m
         described = f"tensordesc<{dtype}[1, 1, {rows}, {block_d}]>"
         operands[name] = described if tma else f"*{dtype}"
+    arrays = operands | pointers
     letters = "qkvd" if "do" in operands else "qkv"
     strides = {f"stride_{x}{y}": "i32" for x in letters for y in "bhn"}
     numbers = dict.fromkeys(("H", "GROUP", "NQ", "NK", "block"), "i32") | {"scale": "fp32"}
@@ -109,9 +112,9 @@ def spec(
     label = f"{dtype} D={head_dim}{' causal' * causal}{'' if tma else ' pointers'}"
     return KernelSpec(
         kernel=f"{_ROOM}.{found.path}",
-        signature={**operands, **pointers, **strides, **numbers, **found.numbers},
+        signature={**arrays, **strides, **numbers, **found.numbers},
         constexprs={**constants, **found.constants},
-        divisible=(*pointers, *strides, *found.numbers, *(() if tma else operands)),
+        divisible=(*strides, *found.numbers, *(n for n, t in arrays.items() if t[0] == "*")),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         label=f"{label}, {tile.block_m}x{tile.block_n}, {tile.num_stages} stages",

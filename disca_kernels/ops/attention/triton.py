@@ -207,6 +207,7 @@ def launch_bwd(
     operands, tile, tma = _operands((q, k, v, do), "mnnm", "dq")
     padded = triton.cdiv(q.shape[2], tile.block_m) * tile.block_m
     per_row = torch.empty((2, *q.shape[:2], padded), dtype=torch.float32, device=q.device)
+    delta_offset = per_row[0].numel()
     if dq.numel():
         grid = (triton.cdiv(q.shape[2], tile.block_m) * q.shape[0] * q.shape[1],)
         _attention_bwd_kernel_dq[grid](
@@ -215,9 +216,12 @@ def launch_bwd(
         )  # fmt: skip
     if dk.numel():
         operands, tile, tma = _operands((q, k, v, do), "mnnm", "dkdv")
+        if tma:
+            per_row = TensorDescriptor.from_tensor(per_row.flatten(1, 2), [1, 1, tile.block_m])
         grid = (triton.cdiv(k.shape[2], tile.block_n) * k.shape[0] * k.shape[1],)
         _attention_bwd_kernel_dkdv[grid](
-            *operands, per_row, dk, dv, kv_lengths, *numbers, padded, per_row[0].numel(),
+            *operands, per_row, dk, dv, kv_lengths,
+            *numbers, padded, delta_offset,
             **_constants(tile, q.shape[3], block, tma),
         )  # fmt: skip
     return dq, dk, dv

@@ -58,7 +58,10 @@ def _attention_bwd_kernel_dq(
     factor = scale * LOG2_E
     for TAIL in tl.static_range(2):
         for start in tl.range(
-            begin if TAIL else 0, stop if TAIL else begin, BLOCK_N, disable_licm=TMA and TAIL
+            begin if TAIL else 0,
+            stop if TAIL else begin,
+            BLOCK_N,
+            disable_licm=TMA and (TAIL or BLOCK_D > 128),
         ):
             # [BLOCK_N, BLOCK_D]; K multiplies dS, where 0 times what is beyond the keys must be 0.
             b_k = load_rows(
@@ -100,7 +103,7 @@ def _query_range(
 
 @triton.jit
 def _attention_bwd_kernel_dkdv(
-    q, k, v, do, p_rows, p_dk, p_dv, p_lengths,
+    q, k, v, do, rows, p_dk, p_dv, p_lengths,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_db, stride_dh, stride_dn,
     H, GROUP, NQ, NK, block, scale, padded, delta_offset,
@@ -109,7 +112,7 @@ def _attention_bwd_kernel_dkdv(
 ):  # fmt: skip
     """Compute dV = P^T dO and dK = scale dS^T Q of one block of keys, summed over its query heads.
 
-    Scores are kept transposed, [BLOCK_N, BLOCK_M], as the two products take them. `p_rows` is what
+    Scores are kept transposed, [BLOCK_N, BLOCK_M], as the two products take them. `rows` is what
     the other kernel left, `padded` rows of each head; delta begins `delta_offset` elements later.
     """
     first, i_b, i_hk, n_keys = program(p_lengths, H // GROUP, NK, NK, BLOCK_N, False)
@@ -131,13 +134,13 @@ def _attention_bwd_kernel_dkdv(
         b_first = o_n // block * block - (NK - NQ)
     b_first = tl.where(o_n < n_keys, b_first, 0x7FFFFFFF)
     for i_h in tl.range(i_hk * GROUP, i_hk * GROUP + GROUP, num_stages=1, disable_licm=TMA):
-        p_row = p_rows + (i_b * H + i_h) * padded
+        i_bh = i_b * H + i_h
         for WHOLE in tl.static_range(2):
             for start in tl.range(
                 whole if WHOLE else begin,
                 NQ if WHOLE else whole,
                 BLOCK_M,
-                disable_licm=TMA and not WHOLE,
+                disable_licm=TMA,
             ):
                 # [BLOCK_M, BLOCK_D]
                 b_q = load_rows(
@@ -148,8 +151,12 @@ def _attention_bwd_kernel_dkdv(
                     do, i_b, i_h, start, NQ, stride_db, stride_dh, stride_dn,
                     D, BLOCK_M, BLOCK_D, TMA, TMA,
                 )  # fmt: skip
-                b_lse = tl.load(p_row + start + o_m)
-                b_delta = tl.load(p_row + delta_offset + start + o_m)
+                if TMA:
+                    b_lse = rows.load([0, tl.cast(i_bh, tl.int32), start]).reshape(BLOCK_M)
+                    b_delta = rows.load([1, tl.cast(i_bh, tl.int32), start]).reshape(BLOCK_M)
+                else:
+                    b_lse = tl.load(rows + i_bh * padded + start + o_m)
+                    b_delta = tl.load(rows + delta_offset + i_bh * padded + start + o_m)
                 # [BLOCK_N, BLOCK_M]
                 b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * factor - b_lse[None, :]
                 b_seen = (start + o_m)[None, :] >= b_first[:, None]
