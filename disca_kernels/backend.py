@@ -162,6 +162,9 @@ def _installed(package: str) -> bool:
         return False
 
 
+_installed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _capability_reasons(device: torch.device) -> list[str]:
     capability = torch.cuda.get_device_capability(device)
     if capability >= _MINIMUM_CAPABILITY:
