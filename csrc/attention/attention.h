@@ -14,8 +14,6 @@ namespace disca {
 
 namespace attention {
 
-constexpr std::int64_t kMaxHeadDim = 256;
-
 // The instruction sets that kernels are there for and this processor runs, the widest first.
 std::vector<std::string> cpu_isas();
 

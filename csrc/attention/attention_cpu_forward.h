@@ -2,27 +2,19 @@
 // Value, value and tangent, and tangent alone: one task is one tile of queries of one head.
 #pragma once
 
-#include "attention/attention_cpu_tile.h"
+#include "attention/attention_cpu_row.h"
 
 namespace disca {
 namespace attention {
 namespace DISCA_ISA {
 namespace {
 
-// What the tangent-only pass tolerates of its centre, see Tile::tangent_alone.
-constexpr float kTau = 1.0f;
-constexpr float kKappa = 1.0f;
-
-// The running state of one row of queries.
-struct Row {
-  float base = -kInfinity;  // see Base; scores are in base 2
-  float l = 0;              // sum of the weights 2^(s - base)
-  float c = 0;              // weighted mean of the scores' tangents
-  float alpha = 1;          // by which the last block scaled the sums
-  float moved = 0;          // by which the last block moved c
-  float m1 = 0, m2 = 0;     // tangent alone: weighted sums of s_dot - c and its square
-  std::int32_t has_centre = 0;
-};
+// How S_dot is centred where a tile sees more than one block of keys: by its mean over kSample
+// keys, spread evenly, with the weights that they have among themselves. If what that missed the
+// mean by turns out to have added more than kTau roundings of the result, the tile runs again with
+// the mean (docs/ops/attention_accuracy.md).
+constexpr std::int64_t kSample = 64;
+constexpr float kTau = 1.5f;
 
 template <class E>
 struct ForwardLayout : Layout<E> {
@@ -32,10 +24,17 @@ struct ForwardLayout : Layout<E> {
     v = keys;
     k_dot = v + values;
     v_dot = k_dot + (p.k_dot.data != nullptr ? keys : 0);
-    head_elements = v_dot + (p.v_dot.data != nullptr ? values : 0);
+    sample = v_dot + (p.v_dot.data != nullptr ? values : 0);
+    sample_dot = sample + this->depth * kSample;
+    variance = sample_dot + this->depth * kSample;
+    has_s_dot = p.q_dot.data != nullptr || p.k_dot.data != nullptr;
+    has_sample = has_s_dot && this->n_blocks > 1;
+    head_elements = has_sample ? variance + 1 : sample;
   }
-  // Offsets into the scratch of a head; the keys are at 0.
-  std::int64_t v, k_dot, v_dot, head_elements;
+  bool has_s_dot, has_sample;
+  // Offsets into the scratch of a head; the keys are at 0. The sample is keys, tangents of keys
+  // and, as a float, the variance of the values: the mean squared distance from their mean.
+  std::int64_t v, k_dot, v_dot, sample, sample_dot, variance, head_elements;
 };
 
 // The scratch of a thread, cut up.
@@ -54,6 +53,7 @@ struct Buffers {
     }
     o = take(layout.tile_rows * layout.width);
     t = take(layout.tile_rows * layout.width);
+    u = take(layout.width);
   }
 
   float* take(std::int64_t floats) {
@@ -64,101 +64,16 @@ struct Buffers {
 
   // Enough for all of them, each rounded up.
   static std::int64_t floats(const Layout<E>& layout) {
-    return 2 * layout.tile_rows * (layout.depth + layout.width) + (4 * kRows + 8) * kTileKeys;
+    return 2 * layout.tile_rows * (layout.depth + layout.width) + (4 * kRows + 8) * kTileKeys +
+           2 * layout.width;
   }
 
   float* next;
   E *q, *q_dot, *p, *h;  // packed queries; weights, and weights times tangents, as operands
   float *s, *s_dot;      // [kRows, kTileKeys]
   float *o, *t;          // [tile_rows, width]
+  float* u;              // [width]
 };
-
-// Replaces the scores of a row by weights, s_dot by weights * (s_dot - c), and updates the state.
-// Columns from n on count as not there; weights are cleared up to n_padded.
-template <class E, bool kTangent>
-inline void online_row(Row& row, float* s, float* s_dot, E* p, E* h, std::int64_t n,
-                       std::int64_t n_padded, const Factors<E>& factors) {
-  row.alpha = 1;
-  row.moved = 0;
-  clear_operand(p, round_up(n, kVec), n_padded);
-  if (kTangent) clear_operand(h, round_up(n, kVec), n_padded);
-  if (n == 0) return;
-  Vec top = broadcast(-kInfinity);
-  for (std::int64_t i = 0; i < n; i += kVec) {
-    Vec x = load(s + i);
-    if (i + kVec > n) x = first_lanes(x, n - i, -kInfinity);
-    top = maximum(top, x);
-  }
-  const float largest = horizontal_max(top) * factors.score;
-  if (largest > row.base) {
-    const float above = Base::above(largest);
-    row.alpha = exp2(broadcast(row.base - above), 0)[0];
-    row.base = above;
-  }
-  const Base base(row.base);
-  Vec sum = {}, weighted = {};
-  for (std::int64_t i = 0; i < n; i += kVec) {
-    Vec weight = base.weight(load(s + i), factors.score);
-    if (i + kVec > n) weight = first_lanes(weight, n - i, 0.0f);
-    sum += weight;
-    store_operand(p, i, weight);
-    if (kTangent) {
-      Vec d = load(s_dot + i) * factors.tangent - row.c;
-      if (i + kVec > n) d = first_lanes(d, n - i, 0.0f);
-      weighted += weight * d;
-      store(s_dot + i, d);
-      if (Element<E>::kPerStep > 1) store(s + i, weight);
-    }
-  }
-  row.l = row.l * row.alpha + horizontal_sum(sum);
-  if (!kTangent) return;
-  row.moved = row.l == 0 ? 0.0f : horizontal_sum(weighted) / row.l;
-  row.c += row.moved;
-  for (std::int64_t i = 0; i < n; i += kVec) {
-    store_operand(h, i, load(s + i) * (load(s_dot + i) - row.moved));
-  }
-}
-
-// The weights of a row from its known log-sum-exp, up to a factor that their sum undoes; centred by
-// row.c, which the first block sets.
-template <class E, bool kTangent>
-inline void known_row(Row& row, float* s, float* s_dot, E* p, E* h, std::int64_t n,
-                      std::int64_t n_padded, const Factors<E>& factors) {
-  clear_operand(p, round_up(n, kVec), n_padded);
-  if (kTangent) clear_operand(h, round_up(n, kVec), n_padded);
-  const Base base(row.base);
-  Vec sum = {}, weighted = {};
-  for (std::int64_t i = 0; i < n; i += kVec) {
-    Vec weight = base.weight(load(s + i), factors.score);
-    if (i + kVec > n) weight = first_lanes(weight, n - i, 0.0f);
-    sum += weight;
-    store_operand(p, i, weight);
-    if (kTangent) {
-      Vec s_dot_i = load(s_dot + i) * factors.tangent;
-      if (i + kVec > n) s_dot_i = first_lanes(s_dot_i, n - i, 0.0f);
-      weighted += weight * s_dot_i;
-      store(s_dot + i, s_dot_i);
-      if (Element<E>::kPerStep > 1) store(s + i, weight);
-    }
-  }
-  const float weights = horizontal_sum(sum);
-  row.l += weights;
-  if (!kTangent) return;
-  if (!row.has_centre && n > 0) {
-    row.c = weights > 0 ? horizontal_sum(weighted) / weights : 0.0f;
-    row.has_centre = 1;
-  }
-  Vec m1 = {}, m2 = {};
-  for (std::int64_t i = 0; i < n; i += kVec) {
-    const Vec d = load(s_dot + i) - row.c;
-    const Vec product = load(s + i) * d;
-    m1 += product;
-    m2 += product * d;
-    store_operand(h, i, product);
-  }
-  row.m1 += horizontal_sum(m1);
-  row.m2 += horizontal_sum(m2);
-}
 
 // Rows `row` to `row` + kRows of a tile against the first n keys of a block.
 struct Part {
@@ -174,6 +89,7 @@ struct Tile {
   Buffers<E> buffers;
   Factors<E> factors;
   std::int64_t b, h, first, rows, n_valid;
+  bool has_t;
   Row state[kTileQueries];
 
   Tile(const ForwardParams& p, std::int64_t head, std::int64_t task, const float* head_scratch,
@@ -191,11 +107,10 @@ struct Tile {
     first = (layout.n_tiles - 1 - task % layout.n_tiles) * kTileQueries;
     rows = least(problem.n_queries - first, kTileQueries);
     n_valid = valid_keys(problem, b);
+    has_t = layout.has_s_dot || p.v_dot.data != nullptr;
     pack(p.q, buffers.q);
     if (p.q_dot.data != nullptr) pack(p.q_dot, buffers.q_dot);
   }
-
-  bool has_s_dot() const { return params.q_dot.data != nullptr || params.k_dot.data != nullptr; }
 
   std::int64_t limit(std::int64_t row) const {
     return row < rows ? key_limit(problem, first + row, n_valid) : 0;
@@ -213,14 +128,12 @@ struct Tile {
                           kTileKeys, accumulate);
   }
 
-  // s, and s_dot where it is not zero.
-  void scores(const Part& part) {
-    score(buffers.q, part, 0, buffers.s, false);
+  // s, and s_dot where it is not zero, from keys and tangents of keys at these offsets.
+  void scores(const Part& part, std::int64_t keys, std::int64_t tangents) {
+    score(buffers.q, part, keys, buffers.s, false);
     const bool has_q_dot = params.q_dot.data != nullptr;
-    if (has_q_dot) score(buffers.q_dot, part, 0, buffers.s_dot, false);
-    if (params.k_dot.data != nullptr) {
-      score(buffers.q, part, layout.k_dot, buffers.s_dot, has_q_dot);
-    }
+    if (has_q_dot) score(buffers.q_dot, part, keys, buffers.s_dot, false);
+    if (params.k_dot.data != nullptr) score(buffers.q, part, tangents, buffers.s_dot, has_q_dot);
   }
 
   // sum (+)= weights * values; `values` is V's offset or V_dot's.
@@ -235,9 +148,9 @@ struct Tile {
   // t (+)= h V + p V_dot
   void weigh_tangents(const Part& part) {
     const bool accumulate = part.block > 0;
-    if (has_s_dot()) weigh(buffers.h, part, layout.v, buffers.t, accumulate);
+    if (layout.has_s_dot) weigh(buffers.h, part, layout.v, buffers.t, accumulate);
     if (params.v_dot.data != nullptr) {
-      weigh(buffers.p, part, layout.v_dot, buffers.t, accumulate || has_s_dot());
+      weigh(buffers.p, part, layout.v_dot, buffers.t, accumulate || layout.has_s_dot);
     }
   }
 
@@ -264,122 +177,187 @@ struct Tile {
     }
   }
 
-  // Brings the sums of a row into the units that its weights have now, and T to the new centre.
-  void rescale(std::int64_t r, bool with_t) {
-    const float alpha = state[r].alpha, moved = state[r].moved;
-    if (alpha == 1.0f && moved == 0.0f) return;
+  // Centres every row by the sample of keys.
+  void centre() {
+    const std::int64_t step = most(ceil_div(n_valid, kSample), 1);
+    for (std::int64_t first_row = 0; first_row < rows; first_row += kRows) {
+      scores(Part{0, first_row, ceil_div(n_valid, step)}, layout.sample, layout.sample_dot);
+      for (std::int64_t r = 0; r < least(kRows, rows - first_row); ++r) {
+        const std::int64_t n = ceil_div(limit(first_row + r), step);
+        if (n == 0) continue;
+        const float *s = buffers.s + r * kTileKeys, *s_dot = buffers.s_dot + r * kTileKeys;
+        const Base base(Base::above(largest_score(s, n, factors.score)));
+        state[first_row + r].c = mean_tangent(base, s, s_dot, n, factors);
+        state[first_row + r].has_centre = true;
+      }
+    }
+  }
+
+  // Brings the accumulators of a row to the base that its weights have now.
+  void rescale(std::int64_t r) {
+    const float alpha = state[r].alpha;
+    if (alpha == 1.0f) return;
     float *o = buffers.o + r * layout.width, *t = buffers.t + r * layout.width;
     for (std::int64_t i = 0; i < layout.width; i += kVec) {
-      const Vec scaled = load(o + i) * alpha;
-      store(o + i, scaled);
-      if (with_t) store(t + i, load(t + i) * alpha - scaled * moved);
+      store(o + i, load(o + i) * alpha);
+      if (has_t) store(t + i, load(t + i) * alpha);
     }
   }
 
-  // One pass over the keys: O, and T = P V_dot + (P * (S_dot - c)) V with the centre c that moves.
-  template <bool kTangent>
-  void online() {
-    const bool with_t = has_s_dot() || params.v_dot.data != nullptr;
+  // O = P V and T = P V_dot + (P * (S_dot - c)) V in one pass over the keys; known: T alone.
+  template <bool kOnline, bool kTangent>
+  void accumulate() {
     each_part([&](const Part& part) {
-      scores(part);
-      each_row(part, online_row<E, kTangent>);
-      for (std::int64_t r = 0; part.block > 0 && r < kRows; ++r) rescale(part.row + r, with_t);
-      weigh(buffers.p, part, layout.v, buffers.o, part.block > 0);
-      weigh_tangents(part);
-    });
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const Row& row = state[r];
-      const std::int64_t index = row_index(problem, b, h, first + r);
-      finish(buffers.o + r * layout.width, row.l, index, params.o, params.rest);
-      params.lse[index] = row.l == 0 ? -kInfinity
-                                     : static_cast<float>((row.base + log2_of(row.l)) * kLn2);
-      if (params.o_dot == nullptr) continue;
-      finish(buffers.t + r * layout.width, with_t ? row.l : 0.0f, index, params.o_dot, nullptr);
-      params.lse_dot[index] = row.c;
-    }
-  }
-
-  // Divides a row of sums by the sum of the weights, 0 if there was none, and stores it.
-  void finish(float* sums, float l, std::int64_t index, void* out, void* rest) {
-    for (std::int64_t i = 0; i < layout.dim; ++i) sums[i] = l == 0 ? 0.0f : sums[i] / l;
-    store_row(sums, layout.dim, problem.dtype, index * layout.dim, out, rest);
-  }
-
-  template <bool kTangent>
-  void accumulate_known() {
-    each_part([&](const Part& part) {
-      scores(part);
-      each_row(part, known_row<E, kTangent>);
-      weigh_tangents(part);
-    });
-  }
-
-  // o_dot = T - delta * O of one row, delta being what the centre missed the mean by. Returns
-  // whether that cost accuracy: delta is large beside the spread of S_dot, whose rounding it
-  // amplifies, and what it multiplies is large beside the result; with an O that was rounded to
-  // two bytes, the latter is enough.
-  bool subtract_mean(std::int64_t r) {
-    Row& row = state[r];
-    float *t = buffers.t + r * layout.width, *o = buffers.o + r * layout.width;
-    const std::int64_t i = first + r;
-    const float delta = row.l > 0 ? row.m1 / row.l : 0.0f;
-    load_row(block_of(params.known_o, problem.dtype, b, h, i, 1), problem.dtype, layout.dim, o,
-             false);
-    const bool exact = problem.dtype == Dtype::kFloat32 || params.known_rest.data != nullptr;
-    if (params.known_rest.data != nullptr) {
-      load_row(block_of(params.known_rest, problem.dtype, b, h, i, 1), problem.dtype, layout.dim,
-               o, true);
-    }
-    float o_square = 0, o_dot_square = 0;
-    for (std::int64_t d = 0; d < layout.dim; ++d) {
-      const float o_dot = (row.l == 0 ? 0.0f : t[d] / row.l) - delta * o[d];
-      o_square += o[d] * o[d];
-      o_dot_square += o_dot * o_dot;
-      o[d] = o_dot;
-    }
-    const std::int64_t index = row_index(problem, b, h, i);
-    store_row(o, layout.dim, problem.dtype, index * layout.dim, params.o_dot, nullptr);
-    row.c += delta;
-    params.lse_dot[index] = row.c;
-    const float spread_square = row.l > 0 ? row.m2 / row.l - delta * delta : 0.0f;
-    const bool far = !exact || delta * delta > kTau * kTau * spread_square;
-    return far && delta * delta * o_square > kKappa * kKappa * o_dot_square;
-  }
-
-  // P from the known log-sum-exp, so nothing is rescaled. S_dot is centred by its mean over the
-  // first keys; if some row's mean turns out to have been elsewhere, the tile runs again with it.
-  void tangent_alone() {
-    const bool with_t = has_s_dot() || params.v_dot.data != nullptr;
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const float lse = params.known_lse[row_index(problem, b, h, first + r)];
-      // Without weight: +inf makes every weight 0.
-      state[r].base = lse == -kInfinity ? kInfinity : Base::above(static_cast<float>(lse * kLog2E));
-    }
-    for (int attempt = 0; attempt < 2; ++attempt) {
-      if (with_t) has_s_dot() ? accumulate_known<true>() : accumulate_known<false>();
-      bool again = false;
-      for (std::int64_t r = 0; r < rows; ++r) {
-        again |= subtract_mean(r);
-        state[r].l = state[r].m1 = state[r].m2 = 0;
+      scores(part, 0, layout.k_dot);
+      each_row(part, weigh_row<E, kOnline, kTangent>);
+      if (kOnline) {
+        for (std::int64_t r = 0; part.block > 0 && r < kRows; ++r) rescale(part.row + r);
+        weigh(buffers.p, part, layout.v, buffers.o, part.block > 0);
       }
-      if (!again) return;
+      weigh_tangents(part);
+    });
+  }
+
+  void run() {
+    const bool known = params.known_lse != nullptr;
+    const bool sampled = layout.has_s_dot && limit(rows - 1) > kTileKeys;
+    if (sampled) centre();
+    for (int attempt = 0; attempt < 2; ++attempt) {
+      for (std::int64_t r = 0; r < rows; ++r) {
+        state[r].clear_sums();
+        state[r].base = known ? known_base(r) : -kInfinity;
+      }
+      if (!known) {
+        layout.has_s_dot ? accumulate<true, true>() : accumulate<true, false>();
+      } else if (has_t) {
+        layout.has_s_dot ? accumulate<false, true>() : accumulate<false, false>();
+      }
+      float extra = 0, signal = 0;
+      for (std::int64_t r = 0; r < rows; ++r) {
+        if (params.o_dot != nullptr) finish_tangent(r, extra, signal);
+        if (!known) finish_value(r);
+      }
+      // Written so that NaN and infinity try again.
+      if (!sampled || extra <= kTau * kTau * signal) return;
+    }
+  }
+
+  // The base of the weights that a known log-sum-exp gives, up to a factor that their sum undoes.
+  float known_base(std::int64_t r) const {
+    const float lse = params.known_lse[row_index(problem, b, h, first + r)];
+    // Without weight: +inf makes every weight 0.
+    return lse == -kInfinity ? kInfinity : Base::above(static_cast<float>(lse * kLog2E));
+  }
+
+  void finish_value(std::int64_t r) {
+    const Row& row = state[r];
+    float* o = buffers.o + r * layout.width;
+    const std::int64_t index = row_index(problem, b, h, first + r);
+    // By the sum of the weights that were multiplied: a weight's error counts from the mean then.
+    const float l = row.l_rounded;
+    for (std::int64_t d = 0; d < layout.dim; ++d) o[d] = l == 0 ? 0.0f : o[d] / l;
+    store_row(o, layout.dim, problem.dtype, index * layout.dim, params.o, params.rest);
+    params.lse[index] =
+        row.l == 0 ? -kInfinity : static_cast<float>((row.base + log2_of(row.l)) * kLn2);
+  }
+
+  // Puts the mean of the values, under the weights that were multiplied, in place of O.
+  void mean_value(std::int64_t r, float* o) {
+    if (params.known_lse == nullptr) {
+      const float l = state[r].l_rounded;
+      for (std::int64_t d = 0; d < layout.dim; ++d) o[d] = l == 0 ? 0.0f : o[d] / l;
+      return;
+    }
+    const auto add = [&](const Operand& x, bool accumulate) {
+      const Source row = block_of(x, problem.dtype, b, h, first + r, 1);
+      load_row(row, problem.dtype, layout.dim, o, accumulate);
+    };
+    add(params.known_o, false);
+    if (params.known_rest.data != nullptr) add(params.known_rest, true);
+  }
+
+  // Stores o_dot = (T - m1 O) / l of one row and lse_dot = c + m1 / l. m1 is that of the rounded
+  // products, so that the mean of the values drops out of their errors. Adds to `extra` an estimate
+  // of the variance that the centre's distance from the mean added to the result, in units of the
+  // rounding unit, and to `signal` the square of the result.
+  void finish_tangent(std::int64_t r, float& extra, float& signal) {
+    Row& row = state[r];
+    float *t = buffers.t + r * layout.width, *o = buffers.u;
+    const float inverse = row.l == 0 ? 0.0f : 1.0f / row.l;
+    if (row.m1_rounded != 0) {
+      if (params.known_lse == nullptr) {
+        for (std::int64_t d = 0; d < layout.dim; ++d) o[d] = buffers.o[r * layout.width + d];
+      }
+      mean_value(r, o);
+      for (std::int64_t d = 0; d < layout.dim; ++d) t[d] -= row.m1_rounded * o[d];
+    }
+    for (std::int64_t d = 0; d < layout.dim; ++d) {
+      t[d] = has_t && row.l != 0 ? t[d] / row.l : 0.0f;
+      signal += t[d] * t[d];
+    }
+    const std::int64_t index = row_index(problem, b, h, first + r);
+    store_row(t, layout.dim, problem.dtype, index * layout.dim, params.o_dot, nullptr);
+    const float missed = row.m1 * inverse, n0 = row.n0 * inverse * inverse;
+    row.c += missed;
+    params.lse_dot[index] = row.c;
+    if (layout.has_sample) {
+      const float variance = reinterpret_cast<const float*>(packed)[layout.variance];
+      extra += missed * missed * n0 * (1 - n0) * (1 - n0) * variance;
     }
   }
 };
 
+// The mean squared distance of n rows from their mean.
+inline float variance_of(const Source& x, Dtype dtype, std::int64_t dim) {
+  float mean[kMaxHeadDim] = {}, sum = 0;
+  const float share = 1.0f / static_cast<float>(x.rows);
+  with_type(dtype, [&](auto tag) {
+    const auto* first = static_cast<const decltype(tag)*>(x.data);
+    for (std::int64_t r = 0; r < x.rows; ++r) {
+      for (std::int64_t d = 0; d < dim; ++d) mean[d] += to_float(first[r * x.stride + d]) * share;
+    }
+    for (std::int64_t r = 0; r < x.rows; ++r) {
+      for (std::int64_t d = 0; d < dim; ++d) {
+        const float off = to_float(first[r * x.stride + d]) - mean[d];
+        sum += off * off;
+      }
+    }
+  });
+  return sum * share;
+}
+
+template <class E>
+void pack_sample(const ForwardParams& p, const ForwardLayout<E>& layout, std::int64_t b,
+                 std::int64_t h, E* packed) {
+  const Dtype dtype = p.problem.dtype;
+  const std::int64_t n = valid_keys(p.problem, b), step = most(ceil_div(n, kSample), 1);
+  if (n == 0) return;
+  const auto source = [&](const Operand& x) {
+    const Source whole = block_of(x, dtype, b, h, 0, 0);
+    return Source{whole.data, whole.stride * step, ceil_div(n, step)};
+  };
+  pack_transposed<E>(dtype, source(p.k), kSample, layout.dim, packed + layout.sample);
+  if (p.k_dot.data != nullptr) {
+    pack_transposed<E>(dtype, source(p.k_dot), kSample, layout.dim, packed + layout.sample_dot);
+  }
+  reinterpret_cast<float*>(packed)[layout.variance] = variance_of(source(p.v), dtype, layout.dim);
+}
+
+// Task t < n_blocks packs a block of keys, the one after them the sample.
 template <class E>
 void pack_keys(const void* params, std::int64_t head, std::int64_t block, float* head_scratch,
                float*) {
   const ForwardParams& p = *static_cast<const ForwardParams*>(params);
   const ForwardLayout<E> layout(p);
   const std::int64_t b = head / p.problem.n_kv_heads, h = head % p.problem.n_kv_heads;
+  E* packed = reinterpret_cast<E*>(head_scratch);
+  if (block == layout.n_blocks) return pack_sample<E>(p, layout, b, h, packed);
   const std::int64_t start = block * kTileKeys;
   const std::int64_t n = least(valid_keys(p.problem, b) - start, kTileKeys);
   if (n <= 0) return;
   const auto source = [&](const Operand& x) {
     return block_of(x, p.problem.dtype, b, h, start, n);
   };
-  E* packed = reinterpret_cast<E*>(head_scratch);
   E* keys = packed + block * layout.transposed_block;
   E* values = packed + layout.v + block * layout.natural_block;
   const Dtype dtype = p.problem.dtype;
@@ -399,9 +377,7 @@ template <class E>
 void forward_tile(const void* params, std::int64_t head, std::int64_t task, float* head_scratch,
                   float* thread_scratch) {
   const ForwardParams& p = *static_cast<const ForwardParams*>(params);
-  Tile<E> tile(p, head, task, head_scratch, thread_scratch);
-  if (p.known_lse != nullptr) return tile.tangent_alone();
-  tile.has_s_dot() ? tile.template online<true>() : tile.template online<false>();
+  Tile<E>(p, head, task, head_scratch, thread_scratch).run();
 }
 
 template <class E>
@@ -413,7 +389,8 @@ Job forward_job_of(const ForwardParams& p) {
           Buffers<E>::floats(layout),
           layout.group * layout.n_tiles,
           2,
-          {{layout.n_blocks, pack_keys<E>}, {layout.group * layout.n_tiles, forward_tile<E>}}};
+          {{layout.n_blocks + layout.has_sample, pack_keys<E>},
+           {layout.group * layout.n_tiles, forward_tile<E>}}};
 }
 
 Job forward_job(const ForwardParams& p) {

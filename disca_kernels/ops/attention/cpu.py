@@ -145,7 +145,14 @@ def launch_tangent(
     block: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return o_dot and lse_dot, given o, lse and what o lost to rounding, if that is known."""
+    """Return o_dot and lse_dot, given o, lse and what o lost to rounding, if that is known.
+
+    An o of two bytes without it is not accurate enough to be subtracted; the value is then computed
+    again beside the tangent.
+    """
+    moving_scores = tangents[0] is not None or tangents[1] is not None
+    if moving_scores and rest is None and o.element_size() == 2:
+        return launch_jvp(primals, tangents, kv_lengths, block, scale)[2:]
     q, k, v = (contiguous_rows(x) for x in primals)
     q_dot, k_dot, v_dot = (_rows(x) for x in tangents)
     o, rest, lse = contiguous_rows(o), _rows(rest), lse.contiguous()
