@@ -225,7 +225,8 @@ class Session:
             return
         for op in TIERS:
             files = sorted(folder.glob(f"test_{op}*.py"))
-            yield op, [str(f) for f in files if not any(part in f.stem for part in _NO_GPU_NEEDED)]
+            here = [str(f) for f in files if not any(part in f.stem for part in _NO_GPU_NEEDED)]
+            yield op, [*here, "-k", "not without_spills"]
         others = [f for f in sorted(folder.parent.rglob("test_*.py")) if f.parent != folder]
         marked = [str(f) for f in others if "mark.gpu" in f.read_text(encoding="utf-8")]
         yield "gpu", [*marked, "-m", "gpu"]
