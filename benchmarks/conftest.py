@@ -36,7 +36,7 @@ def measure(request: pytest.FixtureRequest) -> Measure:
         request.node.add_marker(pytest.mark.benchmark(timer=clock, group=_group(request)))
         benchmark = request.getfixturevalue("benchmark")
         benchmark.extra_info.update(_label(request))
-        harness.measure(benchmark, clock, subject)
+        harness.measure(benchmark, clock, subject, _group(request))
 
     return run_case
 
