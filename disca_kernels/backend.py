@@ -31,7 +31,7 @@ class Backend(str, Enum):
     EAGER = "eager"
 
     def __str__(self) -> str:
-        """Return the value, also where Python before 3.11 would name the member."""
+        """Return the value, where an ordinary enumeration would name the member."""
         return str(self.value)
 
 
