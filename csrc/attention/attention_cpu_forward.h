@@ -53,7 +53,6 @@ struct Buffers {
     }
     o = take(layout.tile_rows * layout.width);
     t = take(layout.tile_rows * layout.width);
-    u = take(layout.width);
   }
 
   float* take(std::int64_t floats) {
@@ -64,15 +63,13 @@ struct Buffers {
 
   // Enough for all of them, each rounded up.
   static std::int64_t floats(const Layout<E>& layout) {
-    return 2 * layout.tile_rows * (layout.depth + layout.width) + (4 * kRows + 8) * kTileKeys +
-           2 * layout.width;
+    return 2 * layout.tile_rows * (layout.depth + layout.width) + (4 * kRows + 8) * kTileKeys;
   }
 
   float* next;
   E *q, *q_dot, *p, *h;  // packed queries; weights, and weights times tangents, as operands
   float *s, *s_dot;      // [kRows, kTileKeys]
   float *o, *t;          // [tile_rows, width]
-  float* u;              // [width]
 };
 
 // Rows `row` to `row` + kRows of a tile against the first n keys of a block.
@@ -234,8 +231,8 @@ struct Tile {
       }
       float extra = 0, signal = 0;
       for (std::int64_t r = 0; r < rows; ++r) {
+        known ? load_value(r) : finish_value(r);
         if (params.o_dot != nullptr) finish_tangent(r, extra, signal);
-        if (!known) finish_value(r);
       }
       // Written so that NaN and infinity try again.
       if (!sampled || extra <= kTau * kTau * signal) return;
@@ -261,36 +258,25 @@ struct Tile {
         row.l == 0 ? -kInfinity : static_cast<float>((row.base + log2_of(row.l)) * kLn2);
   }
 
-  // Puts the mean of the values, under the weights that were multiplied, in place of O.
-  void mean_value(std::int64_t r, float* o) {
-    if (params.known_lse == nullptr) {
-      const float l = state[r].l_rounded;
-      for (std::int64_t d = 0; d < layout.dim; ++d) o[d] = l == 0 ? 0.0f : o[d] / l;
-      return;
-    }
+  // Puts the value that is known where a pass that computes it leaves its own.
+  void load_value(std::int64_t r) {
     const auto add = [&](const Operand& x, bool accumulate) {
       const Source row = block_of(x, problem.dtype, b, h, first + r, 1);
-      load_row(row, problem.dtype, layout.dim, o, accumulate);
+      load_row(row, problem.dtype, layout.dim, buffers.o + r * layout.width, accumulate);
     };
     add(params.known_o, false);
     if (params.known_rest.data != nullptr) add(params.known_rest, true);
   }
 
-  // Stores o_dot = (T - m1 O) / l of one row and lse_dot = c + m1 / l. m1 is that of the rounded
-  // products, so that the mean of the values drops out of their errors. Adds to `extra` an estimate
-  // of the variance that the centre's distance from the mean added to the result, in units of the
-  // rounding unit, and to `signal` the square of the result.
+  // Stores o_dot = (T - m1 o) / l of one row, whose value o is there, and lse_dot = c + m1 / l. The
+  // first m1 is that of the rounded products, so that the mean of the values drops out of their
+  // errors. Adds to `extra` an estimate of the variance that the centre's distance from the mean
+  // added to the result, in units of the rounding unit, and to `signal` the square of the result.
   void finish_tangent(std::int64_t r, float& extra, float& signal) {
     Row& row = state[r];
-    float *t = buffers.t + r * layout.width, *o = buffers.u;
-    const float inverse = row.l == 0 ? 0.0f : 1.0f / row.l;
-    if (row.m1_rounded != 0) {
-      if (params.known_lse == nullptr) {
-        for (std::int64_t d = 0; d < layout.dim; ++d) o[d] = buffers.o[r * layout.width + d];
-      }
-      mean_value(r, o);
-      for (std::int64_t d = 0; d < layout.dim; ++d) t[d] -= row.m1_rounded * o[d];
-    }
+    float *t = buffers.t + r * layout.width, *o = buffers.o + r * layout.width;
+    const float inverse = row.l == 0 ? 0.0f : 1.0f / row.l, m1 = row.m1_rounded;
+    for (std::int64_t d = 0; m1 != 0 && d < layout.dim; ++d) t[d] -= m1 * o[d];
     for (std::int64_t d = 0; d < layout.dim; ++d) {
       t[d] = has_t && row.l != 0 ? t[d] / row.l : 0.0f;
       signal += t[d] * t[d];

@@ -5,10 +5,12 @@
 
 #include <cstdint>
 #if defined(__SSE2__)
-// GCC takes its own way of leaving a register undefined for an oversight.
 #pragma GCC diagnostic push
+#if !defined(__clang__)
+// GCC takes its own way of leaving a register undefined for an oversight.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
