@@ -124,11 +124,8 @@ def spec(
 
 def specs(arch: int) -> list[KernelSpec]:
     """Return what is checked for one compute capability (times ten)."""
-    common = [
-        spec(kernel, arch, head_dim, dtype)
-        for head_dim in (64, 128)
-        for dtype in ("bf16", "fp16")
-        for kernel in KERNELS
-    ]
-    # A width that is padded, and the widest one.
-    return common + [spec(kernel, arch, head_dim) for head_dim in (72, 256) for kernel in KERNELS]
+    pairs = [(64, "bf16"), (128, "bf16"), (128, "fp16"), (256, "bf16")]
+    common = [spec(kernel, arch, *pair) for pair in pairs for kernel in KERNELS]
+    # A width that is padded, and rows that no descriptor reaches.
+    padded = [spec("tangent", arch, 72)]
+    return common + padded + [spec("jvp", arch, 128, tma=False)] * has_descriptors(arch)

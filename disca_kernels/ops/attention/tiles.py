@@ -27,15 +27,16 @@ class Tiles(NamedTuple):
 
 
 # Keyed by compute capability (times ten), bytes of an element and padded head dimension. Chosen by
-# what they compile to (`make codegen`), not by timings: the largest tiles whose kernels keep
-# everything in registers, or as large as the matrix units use whole.
+# what they compile to (`make codegen`) with Triton 3.6 and 3.9, not by timings: the largest tiles
+# whose kernels keep everything in registers, or as large as the matrix units use whole.
 # - 8.0: single warps multiply, and pointers take registers; larger tiles of jvp, tangent and dkdv
 #   spill, or their warps repeat each other's products.
 # - 9.0: 64 rows for each group of four warps, for D <= 128 always two groups. In jvp at D = 128 two
 #   accumulators of 128 x 128 leave room for scores of 128 x 64; at D = 256 they leave none, so that
 #   jvp and tangent fall back to single warps.
-# - 10.0: accumulators have a memory of their own, and 9.0's tiles fit. At D = 256 larger ones of
-#   jvp need too much of it and compile to nothing at all, which `make codegen` would show.
+# - 10.0: accumulators have a memory of their own. A kernel that needs more of it than there is
+#   compiles to nothing at all, without an error: 3.6 does that with jvp at 128 x 64 for D = 128 and
+#   with tangent at 128 x 128 for D = 64, which 3.9 compiles.
 # Float32 goes through the ordinary units, so its tiles are small and only have to fit.
 _TILES = {
     (80, 2, 64): Tiles(
@@ -48,7 +49,7 @@ _TILES = {
     (80, 2, 128): Tiles(
         fwd=Tile(64, 64, 4, 2),
         jvp=Tile(32, 32, 4, 2),
-        tangent=Tile(32, 32, 4, 2),
+        tangent=Tile(32, 32, 8, 2),
         dq=Tile(64, 64, 8, 2),
         dkdv=Tile(32, 64, 8, 2),
     ),
@@ -80,10 +81,24 @@ _TILES = {
         dq=Tile(64, 32, 8, 1),
         dkdv=Tile(32, 64, 8, 1),
     ),
+    (100, 2, 64): Tiles(
+        fwd=Tile(128, 128, 8, 2),
+        jvp=Tile(128, 64, 8, 2),
+        tangent=Tile(128, 64, 8, 2),
+        dq=Tile(128, 64, 8, 2),
+        dkdv=Tile(64, 128, 8, 2),
+    ),
+    (100, 2, 128): Tiles(
+        fwd=Tile(128, 128, 8, 2),
+        jvp=Tile(128, 32, 8, 2),
+        tangent=Tile(128, 64, 8, 2),
+        dq=Tile(128, 64, 8, 2),
+        dkdv=Tile(64, 128, 8, 2),
+    ),
     (100, 2, 256): Tiles(
         fwd=Tile(128, 64, 8, 1),
         jvp=Tile(16, 32, 8, 1),
-        tangent=Tile(128, 32, 8, 1),
+        tangent=Tile(64, 32, 8, 1),
         dq=Tile(64, 32, 8, 1),
         dkdv=Tile(32, 64, 8, 1),
     ),
@@ -117,8 +132,8 @@ def padded_dim(head_dim: int) -> int:
 
 
 def has_descriptors(capability: int) -> bool:
-    """Whether the hardware copies tiles by tensor descriptors."""
-    return capability >= 90
+    """Whether the kernels take tensor descriptors: on 12.x pointers leave them more registers."""
+    return 90 <= capability < 120
 
 
 def tiles_for(capability: int, head_dim: int, itemsize: int, descriptors: bool) -> Tiles:
@@ -132,8 +147,7 @@ def tiles_for(capability: int, head_dim: int, itemsize: int, descriptors: bool) 
     """
     size, dim = max(itemsize, 2), max(padded_dim(head_dim), 64)
     # 12.x multiplies with single warps and has less shared memory, as 8.x does.
-    data_centre = descriptors and 90 <= capability < 120
-    order = [arch for arch in (100, 90) if data_centre and arch <= capability] + [80]
+    order = [arch for arch in (100, 90) if descriptors and arch <= capability] + [80]
     return next(_TILES[arch, size, dim] for arch in order if (arch, size, dim) in _TILES)
 
 

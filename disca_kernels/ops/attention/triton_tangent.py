@@ -145,7 +145,9 @@ def _attention_tangent_kernel(
                     ).to(tl.float32)  # fmt: skip
                     b_t -= b_m1[:, None] * b_o
                     missed = _misses(b_m1, b_m2, b_o, b_t, EXACT_O)
-                    again = tl.max(missed.to(tl.int32), 0)
+                    # Through [1, BLOCK_M], since Triton 3.6 fails for 10.0 if a vector that comes
+                    # from an accumulator is reduced directly.
+                    again = tl.max(tl.max(missed.to(tl.int32)[None, :], 1), 0)
                     b_c += b_m1
                 # In every pass: an accumulator that outlived the loop would cost its registers.
                 tl.store(p_lse_dot + o_row, b_c, mask=m_m)
