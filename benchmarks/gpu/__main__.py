@@ -11,6 +11,7 @@ had. The exit status is 0 only if nothing failed.
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -63,6 +64,7 @@ def parse(arguments: list[str]) -> Settings:
 def main(arguments: list[str]) -> int:
     """Run a session; return the exit status."""
     settings = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the step too
     settings.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="disca-gpu-") as scratch:
         session = Session(settings, Path(scratch))

@@ -23,6 +23,7 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 def _write(name: str, outcome: str, text: str) -> None:
-    line = {"test": name, "outcome": outcome, "why": text.strip()[-400:]}
+    why = [line for line in text.splitlines() if line.startswith("E ")] or text.splitlines()[-1:]
+    line = {"test": name, "outcome": outcome, "why": "\n".join(why)[:400]}
     with open(os.environ[VARIABLE], "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

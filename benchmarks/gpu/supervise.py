@@ -57,7 +57,7 @@ class Workplace:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                preexec_fn=_own_group,
             )
 
     def run(self, command: Sequence[str | Path], limit: float) -> str | None:
@@ -80,6 +80,11 @@ class Workplace:
         if text.startswith("$"):  # the command itself
             text = text.partition("\n")[2]
         return text[-_TAIL_CHARACTERS:]
+
+
+def _own_group() -> None:
+    """Lead a group that can be ended as a whole, in the session that ends with the terminal."""
+    os.setpgrp()
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:

@@ -75,7 +75,7 @@ def failures(record: dict[str, Any]) -> list[str]:
     ]
     lines += [f"{s['name']}: {s['reason']}" for s in record["steps"] if s["status"] == "failed"]
     for group in record["tests"]:
-        lines += [f"{f['test']}: {f['why'].splitlines()[-1:]}" for f in group["failures"]]
+        lines += [f"{f['test']}: {[*f['why'].splitlines(), ''][0]}" for f in group["failures"]]
     return lines
 
 
