@@ -278,7 +278,7 @@ def test_the_tangent_over_a_value_finds_a_centre_that_its_first_keys_hide(
     for known in (rest, None):
         o_dot, _ = cpu.launch_tangent(primals, tangents, o, known, lse, None, 0, 0.125)
         error = (o_dot.double() - exact).norm() / exact.norm()
-        assert error < (4e-6 if dtype == F32 else 8e-3)
+        assert error < (4e-6 if dtype == F32 else 3.5e-3)
 
 
 @isas
