@@ -28,7 +28,7 @@ Function = Callable[..., Tensor]
 MODES = ("fwd", "bwd", "jvp", "tangent")
 _FEW_KEYS = 256
 """Up to so many keys every row is checked against the error budget, beyond that some rows are."""
-_EAGER_MATRICES = {"fwd": 4, "bwd": 6, "jvp": 8, "tangent": 8}
+_EAGER_MATRICES = {"fwd": 3, "bwd": 5, "jvp": 6, "tangent": 6}
 """Matrices of scores that eager holds at once."""
 
 if torch.cuda.is_available():
