@@ -114,7 +114,11 @@ def _tangent(
     o_dot, c = None, torch.zeros_like(q[..., :1])
     if s_dot is not None:
         c = torch.linalg.vecdot(p, s_dot).unsqueeze(-1)
-        o_dot = torch.bmm(p * (s_dot - c), v)
+        h = p * (s_dot - c)
+        # c is rounded at the size of a drift; what is left of the mean would meet |o| >> |o_dot|.
+        left = h.sum(-1, keepdim=True)
+        o_dot = torch.bmm(torch.addcmul(h, p, left, value=-1), v)
+        c = c + left
     if v_dot is not None:
         o_dot = torch.bmm(p, v_dot) if o_dot is None else torch.baddbmm(o_dot, p, v_dot)
     return torch.zeros_like(q) if o_dot is None else o_dot, c.squeeze(-1)
