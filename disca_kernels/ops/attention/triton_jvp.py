@@ -27,9 +27,10 @@ def _attention_jvp_kernel(
     """O and O_dot with two accumulators, the scores' tangent centred as it runs.
 
     `b_c` is the mean of S_dot over the keys seen so far, weighted by P. `b_t` accumulates
-    (P * (S_dot - c)) V + P V_dot; when a block moves c, the part already summed is corrected by
-    (c_old - c_new) O, so that nothing is left to subtract at the end (docs/ops/attention.md).
-    A tangent passed as None is 0 and costs nothing.
+    W V + P V_dot with W = P * (S_dot - c); when a block moves c, the part already summed is
+    corrected by (c_old - c_new) O. All that is left to subtract at the end is r O: r = rowsum(W)
+    would be 0 but for the rounding of W for its product, whose error then meets V - O alone. `b_lr`
+    is the sum of P as rounded for its products. A tangent passed as None is 0 and costs nothing.
     """
     first, i_b, i_h, n_keys = program(p_lengths, H, NQ, NK, BLOCK_M, CAUSAL)
     begin, stop = key_range(first, n_keys, NQ, NK, block, BLOCK_M, BLOCK_N, CAUSAL)
@@ -50,6 +51,8 @@ def _attention_jvp_kernel(
     b_m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     b_l = tl.zeros([BLOCK_M], tl.float32)
     b_c = tl.zeros([BLOCK_M], tl.float32)
+    b_r = tl.zeros([BLOCK_M], tl.float32)
+    b_lr = tl.zeros([BLOCK_M], tl.float32)
     b_o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_t = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     factor = scale * LOG2_E
@@ -96,13 +99,17 @@ def _attention_jvp_kernel(
                 D, BLOCK_N, BLOCK_D, TMA, not TAIL,
             )  # fmt: skip
             b_w = b_p.to(b_v.dtype)
+            b_r *= alpha
+            b_lr *= alpha
             if HAS_S_DOT:
                 b_h = b_p * (b_h * scale - b_c[:, None])
                 moved = tl.sum(b_h, 1) / tl.where(b_l > 0, b_l, 1.0)
-                b_h = b_h - b_p * moved[:, None]
+                b_h = (b_h - b_p * moved[:, None]).to(b_v.dtype)
                 b_c += moved
                 b_t -= moved[:, None] * b_o
-                b_t = tl.dot(b_h.to(b_v.dtype), b_v, b_t, input_precision="ieee")
+                b_r += tl.sum(b_h.to(tl.float32), 1) - moved * b_lr
+                b_lr += tl.sum(b_w.to(tl.float32), 1)
+                b_t = tl.dot(b_h, b_v, b_t, input_precision="ieee")
             b_o = tl.dot(b_w, b_v, b_o, input_precision="ieee")
             if v_dot is not None:
                 b_v_dot = load_rows(
@@ -117,4 +124,6 @@ def _attention_jvp_kernel(
     tl.store(p_lse + o_row, b_lse, mask=m_m)
     tl.store(p_lse_dot + o_row, b_c, mask=m_m)
     store_dense(p_o, b_o / total[:, None], row, NQ - first, D, BLOCK_M, BLOCK_D)
+    if HAS_S_DOT:
+        b_t -= (b_r / tl.where(b_lr > 0, b_lr, 1.0))[:, None] * b_o
     store_dense(p_o_dot, b_t / total[:, None], row, NQ - first, D, BLOCK_M, BLOCK_D)

@@ -21,6 +21,20 @@ KAPPA = tl.constexpr(1.0)
 
 
 @triton.jit
+def _sample(i_pass, begin, stop, BLOCK_N: tl.constexpr):
+    """Return the step through the whole blocks of keys, and where the others end.
+
+    Pass 0 reads every 32nd block, but at least the first and at most four, spread evenly. The
+    first keys alone may be unlike the others: text before video.
+    """
+    blocks = begin // BLOCK_N
+    wanted = tl.minimum(tl.maximum(blocks // 32, 1), 4)
+    step = tl.where(i_pass == 0, tl.maximum(tl.cdiv(blocks, wanted), 1), 1) * BLOCK_N
+    first = tl.where(blocks > 0, begin, tl.minimum(stop, BLOCK_N))
+    return step, tl.where(i_pass == 0, first, stop)
+
+
+@triton.jit
 def _misses(delta, m2, b_o, b_o_dot, EXACT_O: tl.constexpr):
     """Return for each row whether its centre is too far off."""
     square = delta * delta
@@ -40,10 +54,11 @@ def _attention_tangent_kernel(
 ):  # fmt: skip
     """O_dot with one accumulator: P is exact from the log-sum-exp, so that nothing is rescaled.
 
-    `b_c` centres S_dot from the start: its mean over the first block of keys, weighted by P. With
-    delta = mean(S_dot) - c, which the pass sums beside b_t = (P * (S_dot - c)) V + P V_dot,
-    O_dot = b_t - delta O. If the first block was a bad guess for some row of the tile (`_misses`),
-    the tile is computed once more around c + delta, where delta is rounding alone.
+    `b_c` centres S_dot from the start: its mean over a few blocks of keys (`_sample`), weighted by
+    P. The pass sums `b_m1`, what the mean of S_dot over all keys differs from c by, and, beside
+    b_t = W V + P V_dot with W = P * (S_dot - c) as rounded for the product, `b_r` = rowsum(W). Then
+    O_dot = b_t - r O: an error of W meets V - O alone. If c was too far off for some row of the
+    tile (`_misses`), the tile is computed once more around c + m1.
     """
     first, i_b, i_h, n_keys = program(p_lengths, H, NQ, NK, BLOCK_M, CAUSAL)
     begin, stop = key_range(first, n_keys, NQ, NK, block, BLOCK_M, BLOCK_N, CAUSAL)
@@ -66,6 +81,9 @@ def _attention_tangent_kernel(
     b_lse = tl.load(p_lse + o_row, mask=m_m, other=-float("inf")) * LOG2_E
     # A row that sees no key weighs every key with exp2(-inf) = 0.
     b_lse = tl.where(b_lse == -float("inf"), float("inf"), b_lse)
+    # Weights below 2^-14 would lose bits in float16, so there they are 16 times as large.
+    UNIT: tl.constexpr = 16.0 if b_q.dtype == tl.float16 else 1.0
+    b_lse -= 4.0 if b_q.dtype == tl.float16 else 0.0
     b_c = tl.zeros([BLOCK_M], tl.float32)
     factor = scale * LOG2_E
     stride_ob = tl.cast(H, tl.int64) * NQ * D
@@ -74,16 +92,19 @@ def _attention_tangent_kernel(
     # addresses out of those than the registers can hold.
     for i_pass in tl.range(0 if HAS_S_DOT else 1, 3, num_stages=1, disable_licm=True):
         if again > 0:
-            end = tl.where(i_pass == 0, tl.minimum(stop, BLOCK_N), stop)
+            step, end = BLOCK_N, stop
+            if HAS_S_DOT:
+                step, end = _sample(i_pass, begin, stop, BLOCK_N)
             b_t = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             b_m1 = tl.zeros([BLOCK_M], tl.float32)
             b_m2 = tl.zeros([BLOCK_M], tl.float32)
+            b_r = tl.zeros([BLOCK_M], tl.float32)
             b_l = tl.zeros([BLOCK_M], tl.float32)
             for TAIL in tl.static_range(2):
                 for start in tl.range(
                     begin if TAIL else 0,
-                    end if TAIL else tl.minimum(begin, end),
-                    BLOCK_N,
+                    end if TAIL else begin,
+                    BLOCK_N if TAIL else step,
                     disable_licm=TMA and TAIL,
                 ):
                     # [BLOCK_N, BLOCK_D]
@@ -119,7 +140,9 @@ def _attention_tangent_kernel(
                             v, i_b, i_hk, start, n_keys, stride_vb, stride_vh, stride_vn,
                             D, BLOCK_N, BLOCK_D, TMA, not TAIL,
                         )  # fmt: skip
-                        b_t = tl.dot(b_w.to(b_v.dtype), b_v, b_t, input_precision="ieee")
+                        b_w = b_w.to(b_v.dtype)
+                        b_r += tl.sum(b_w.to(tl.float32), 1)
+                        b_t = tl.dot(b_w, b_v, b_t, input_precision="ieee")
                     if v_dot is not None:
                         b_v_dot = load_rows(
                             v_dot, i_b, i_hk, start, n_keys, stride_vb, stride_vh, stride_vn,
@@ -130,7 +153,11 @@ def _attention_tangent_kernel(
                 b_c = b_m1 / tl.where(b_l > 0, b_l, 1.0)
             else:
                 again = 0
+                b_t *= 1.0 / UNIT
                 if HAS_S_DOT:
+                    b_r *= 1.0 / UNIT
+                    b_m1 *= 1.0 / UNIT
+                    b_m2 *= 1.0 / UNIT
                     # Read as the operands are: a descriptor's tile goes from shared memory straight
                     # to where the accumulator's elements lie, without more registers on the way.
                     if rest is not None:
@@ -138,12 +165,12 @@ def _attention_tangent_kernel(
                             rest, i_b, i_h, first, NQ, stride_ob, NQ * D, D,
                             D, BLOCK_M, BLOCK_D, TMA, TMA,
                         )  # fmt: skip
-                        b_t -= b_m1[:, None] * b_rest.to(tl.float32)
+                        b_t -= b_r[:, None] * b_rest.to(tl.float32)
                     b_o = load_rows(
                         o, i_b, i_h, first, NQ, stride_ob, NQ * D, D,
                         D, BLOCK_M, BLOCK_D, TMA, TMA,
                     ).to(tl.float32)  # fmt: skip
-                    b_t -= b_m1[:, None] * b_o
+                    b_t -= b_r[:, None] * b_o
                     missed = _misses(b_m1, b_m2, b_o, b_t, EXACT_O)
                     # Through [1, BLOCK_M], since Triton 3.6 fails for 10.0 if a vector that comes
                     # from an accumulator is reduced directly.
