@@ -85,8 +85,9 @@ def spec(
         tile: another tile than the one in the table.
     """
     found = KERNELS[kernel]
-    tma = has_descriptors(arch) if tma is None else tma
-    tile = tile or getattr(tiles_for(arch, head_dim, 4 if dtype == "fp32" else 2, tma), kernel)
+    itemsize = 4 if dtype == "fp32" else 2
+    tma = has_descriptors(arch, itemsize) if tma is None else tma
+    tile = tile or getattr(tiles_for(arch, head_dim, itemsize, tma), kernel)
     block_d = padded_dim(head_dim)
     pointers = dict.fromkeys(found.alike, f"*{dtype}") | dict.fromkeys(found.floats, "*fp32")
     pointers["p_lengths"] = "*i64"
@@ -128,4 +129,4 @@ def specs(arch: int) -> list[KernelSpec]:
     common = [spec(kernel, arch, *pair) for pair in pairs for kernel in KERNELS]
     # A width that is padded, and rows that no descriptor reaches.
     padded = [spec("tangent", arch, 72)]
-    return common + padded + [spec("jvp", arch, 128, tma=False)] * has_descriptors(arch)
+    return common + padded + [spec("jvp", arch, 128, tma=False)] * has_descriptors(arch, 2)

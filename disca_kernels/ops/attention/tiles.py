@@ -37,7 +37,7 @@ class Tiles(NamedTuple):
 # - 10.0: accumulators have a memory of their own. A kernel that needs more of it than there is
 #   compiles to nothing at all, without an error: 3.6 does that with jvp at 128 x 64 for D = 128,
 #   which 3.9 compiles.
-# Float32 goes through the ordinary units, so its tiles are small and only have to fit.
+# Float32 goes through the ordinary units. Above D = 64 jvp and tangent spill even with these tiles.
 _TILES = {
     (80, 2, 64): Tiles(
         fwd=Tile(128, 64, 4, 2),
@@ -103,14 +103,14 @@ _TILES = {
         dkdv=Tile(32, 64, 8, 1),
     ),
     (80, 4, 64): Tiles(
-        fwd=Tile(32, 32, 4, 1),
+        fwd=Tile(32, 32, 8, 1),
         jvp=Tile(16, 16, 8, 1),
         tangent=Tile(16, 16, 8, 1),
         dq=Tile(32, 32, 8, 1),
         dkdv=Tile(32, 32, 8, 1),
     ),
     (80, 4, 128): Tiles(
-        fwd=Tile(16, 32, 4, 1),
+        fwd=Tile(32, 32, 8, 1),
         jvp=Tile(16, 16, 8, 1),
         tangent=Tile(16, 16, 8, 1),
         dq=Tile(16, 16, 8, 1),
@@ -131,9 +131,12 @@ def padded_dim(head_dim: int) -> int:
     return max(1 << (head_dim - 1).bit_length(), 16)
 
 
-def has_descriptors(capability: int) -> bool:
-    """Whether the kernels take tensor descriptors: on 12.x pointers leave them more registers."""
-    return 90 <= capability < 120
+def has_descriptors(capability: int, itemsize: int) -> bool:
+    """Whether the kernels take tensor descriptors on a device for elements of this size.
+
+    On 12.x, and wherever float32 is multiplied without matrix units, pointers leave more registers.
+    """
+    return 90 <= capability < 120 and itemsize <= 2
 
 
 def tiles_for(capability: int, head_dim: int, itemsize: int, descriptors: bool) -> Tiles:

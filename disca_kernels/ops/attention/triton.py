@@ -35,8 +35,7 @@ Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 def _described(tensors: Sequence[Tensor | None]) -> list[list[int]] | None:
     """Return the descriptor strides of each tensor, none for an absent one; None means pointers."""
-    device = next(x.device for x in tensors if x is not None)
-    if not has_descriptors(capability(device)):
+    if not has_descriptors(capability(tensors[0].device), tensors[0].element_size()):
         return None
     found = [[] if x is None else descriptor_strides(x) for x in tensors]
     return None if any(f is None for f in found) else found
