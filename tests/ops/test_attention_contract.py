@@ -82,13 +82,14 @@ def test_log_sum_exp_and_its_derivatives(case: AttentionCase, backend: str) -> N
         lambda *x, **o: attention_jvp(*x, **o, backend=backend),
     )  # fmt: skip
     names = ["lse", "dq", "dk", "dv", "lse of the pair", "lse_dot", "dq of lse", "dk of lse"]
-    unit = torch.finfo(case.dtype).eps
+    # A tile sums D products one after another.
+    limit = (4 * torch.finfo(case.dtype).eps + 1e-6) * max(1.0, case.head_dim / 128)
     for name, a, e in zip(names, actual, expected, strict=True):
         assert a.dtype == (F32 if "d" not in name or "dot" in name else case.dtype), name
         assert torch.equal(a.isneginf(), e.isneginf()), name
         kept = e.isfinite()
         error = (a.double() - e)[kept].norm() / e[kept].norm().clamp_min(1e-30)
-        assert error < 4 * unit + 1e-6, (name, error)
+        assert error < limit, (name, error)
     forward, tangent = jvp(
         lambda *x: attention(*x, **kwargs, return_lse=True, backend=backend),
         operands.primals, operands.tangents,

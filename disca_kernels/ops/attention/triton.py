@@ -80,7 +80,8 @@ def _sizes(q: Tensor, k: Tensor, block: int, scale: float) -> tuple[int | float,
     """Return the run-time numbers that every kernel takes last."""
     # Beyond Nk a wider block of causality changes nothing, and could overflow.
     block = min(block, max(k.shape[2], 1))
-    return q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], block, scale
+    group = q.shape[1] // max(k.shape[1], 1)
+    return q.shape[1], group, q.shape[2], k.shape[2], block, scale
 
 
 def _constants(tile: Tile, head_dim: int, block: int, tma: bool) -> dict[str, int | bool]:
