@@ -29,8 +29,9 @@ def _from_bfloat16(raw: np.ndarray) -> np.ndarray:
 def repair_bfloat16() -> None:
     """Replace the interpreter's bfloat16 casts and matrix product; calling it twice is harmless.
 
-    Also lets a scalar bound a loop, which Triton up to 3.6 cannot do with NumPy from 2.4. Has an
-    effect only on kernels that run under `TRITON_INTERPRET=1` in this process.
+    Also lets a scalar bound a loop, which Triton up to 3.6 cannot do with NumPy from 2.4, and takes
+    the strides that a tensor descriptor may have, of which Triton 3.5 refuses some. Has an effect
+    only on kernels that run under `TRITON_INTERPRET=1` in this process.
     """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -75,6 +76,7 @@ def repair_bfloat16() -> None:
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder._disca_bfloat16 = True
     _repair_index()
+    _repair_descriptors()
 
 
 def _repair_index() -> None:
@@ -88,3 +90,10 @@ def _repair_index() -> None:
         tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
     interpreter._patch_lang_tensor = patch
+
+
+def _repair_descriptors() -> None:
+    """Leave checking a descriptor to its constructor: Triton 3.5 mistakes elements for bytes."""
+    from triton.runtime import interpreter
+
+    interpreter.TensorDescHandle.validate = lambda self: None
