@@ -205,7 +205,6 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, nargs="*", default=list(PARTS))
     arguments = parser.parse_args()
     device, seeds, kinds = arguments.device, arguments.seeds, arguments.kinds
-    _repair_interpreter()
     print(f"Relative error of the tangent, by drift: median of {seeds} seeds (largest).")
     for name, dtype in HALF.items():
         base = DriftCase("plain", n_k=arguments.keys, dtype=dtype)
@@ -245,14 +244,6 @@ def _masks(device: str, seeds: int) -> None:
     short = DriftCase("growing", n_q=64, n_k=512, head_dim=64)
     lengths = torch.tensor([131], device=device)
     mask_table(device, seeds, "131 keys of 512", short, kv_lengths=lengths)
-
-
-def _repair_interpreter() -> None:
-    """Let Triton's interpreter, if it is on, round to bfloat16 as a GPU does."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        from disca_kernels.testing.interpreter import repair_bfloat16
-
-        repair_bfloat16()
 
 
 if __name__ == "__main__":

@@ -259,13 +259,16 @@ def why_not(op: str, backend: str | Backend, *tensors: Tensor | None) -> list[st
     return reasons
 
 
-def resolve(op: str, requested: str | Backend, *tensors: Tensor | None) -> Backend:
+def resolve(
+    op: str, requested: str | Backend, *tensors: Tensor | None, profitable: bool = True
+) -> Backend:
     """Choose the backend of one call.
 
     Args:
         op: Name of the operation, a key of :data:`IMPLEMENTATIONS`.
         requested: What the caller passed as ``backend``.
         *tensors: The operands; None stands for an absent one.
+        profitable: Whether ``"auto"`` passes over what :func:`unprofitable` advises against.
 
     Returns:
         The backend that will run, never ``Backend.AUTO``.
@@ -283,7 +286,10 @@ def resolve(op: str, requested: str | Backend, *tensors: Tensor | None) -> Backe
     present = [t for t in tensors if t is not None]
     device = present[0].device if present else torch.device("cpu")
     for candidate in candidates(op, device):
-        if not why_not(op, candidate, *tensors) and not _passed_over(op, candidate, *tensors):
+        reasons = why_not(op, candidate, *tensors)
+        if not reasons and profitable:
+            reasons = _passed_over(op, candidate, *tensors)
+        if not reasons:
             return candidate
     raise BackendError(_refusal(op, backend, why_not(op, Backend.EAGER, *tensors), tensors))
 

@@ -177,10 +177,6 @@ def main(batch_file: str, events_file: str) -> NoReturn:
     """Run a batch; exit with 0 when nothing is left to do and FAILED after a failure."""
     batch = Batch(**json.loads(Path(batch_file).read_text(encoding="utf-8")))
     report = Report(Path(events_file))
-    if batch.device == "cpu":
-        from disca_kernels.testing.interpreter import repair_bfloat16
-
-        repair_bfloat16()
     if batch.op in _SINGLE:
         label = {"op": batch.op}
         report.write("start", key=batch.op, label=label)

@@ -6,6 +6,7 @@ hardware rounds to nearest even, and `tl.dot` multiplies the integers, so that n
 bfloat16 to the matrix units can be tested with it as it comes.
 """
 
+import os
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,12 @@ def _from_bfloat16(raw: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(raw).astype(np.uint32) << np.uint32(16)
     values: np.ndarray = bits.view(np.float32)
     return values
+
+
+def prepare_interpreter() -> None:
+    """Repair bfloat16 if this process interprets Triton kernels; every room of kernels calls it."""
+    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on"):
+        repair_bfloat16()
 
 
 def repair_bfloat16() -> None:

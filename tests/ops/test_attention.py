@@ -289,5 +289,6 @@ def test_short_sequences_with_gradient_agree_with_long_ones(monkeypatch) -> None
         return o, *torch.autograd.grad(o, leaves, operands.cotangent)
 
     short = both()
-    monkeypatch.setattr("disca_kernels.ops.attention.eager._MATMUL_LIMIT", 0)
+    for limit in ("_MATMUL_LIMIT", "_SHORT_LIMIT"):
+        monkeypatch.setattr(f"disca_kernels.ops.attention.eager.{limit}", 0)
     torch.testing.assert_close(both(), short, rtol=2e-5, atol=2e-6)

@@ -122,6 +122,47 @@ def test_the_value_may_come_from_another_attention(
         assert (actual - expected).norm() / expected.norm() < limit
 
 
+def test_another_attention_needs_no_choice_of_backend() -> None:
+    """Sequences so short that "auto" would otherwise take eager."""
+    operands = AttentionCase(1, 2, 6, 6, 8).operands(device=DEVICE)
+    o = attention(*operands.primals, primal="sdpa")
+    torch.testing.assert_close(o, attention_reference(*operands.primals))
+
+
+@backends
+def test_nan_in_a_query_or_key_is_not_lost(backend: str) -> None:
+    operands = AttentionCase(1, 1, 5, 9, 8).operands(device=DEVICE)
+    (q, k, v), tangents = operands.primals, operands.tangents
+    poisoned = q.clone()
+    poisoned[:, :, 2, 3] = torch.nan
+    for kwargs in ({"backend": backend}, {"backend": backend, "return_lse": True}):
+        results = attention(poisoned, k, v, **kwargs)
+        for x in results if isinstance(results, tuple) else (results,):
+            assert x[:, :, 2].isnan().all()
+            assert x[:, :, [0, 1, 3, 4]].isfinite().all()
+    o, o_dot, lse, lse_dot = attention_jvp((poisoned, k, v), tangents, **kwargs)
+    for x in (o, o_dot, lse, lse_dot):
+        assert x[:, :, 2].isnan().all()
+        assert x[:, :, :2].isfinite().all()
+    leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
+    with torch.no_grad():
+        leaves[1][:, :, 4] = torch.nan
+    o = attention(*leaves, backend=backend)
+    gradients = torch.autograd.grad(o, leaves, operands.cotangent)
+    assert all(x.isnan().all() for x in gradients)
+
+
+@backends
+@pytest.mark.parametrize("shape", [(1, 0, 4), (1, 2, 0)])
+def test_keys_without_a_query_have_no_gradient(shape: tuple[int, int, int], backend: str) -> None:
+    batch, heads, n_q = shape
+    q = torch.zeros(batch, heads, n_q, 8, device=DEVICE, requires_grad=True)
+    k, v = (torch.randn(batch, 2, 4, 8, device=DEVICE).requires_grad_() for _ in range(2))
+    dk, dv = torch.autograd.grad(attention(q, k, v, backend=backend).sum(), (k, v))
+    assert dk.eq(0).all()
+    assert dv.eq(0).all()
+
+
 def test_another_attention_says_what_it_cannot_do() -> None:
     case = AttentionCase(2, 2, 5, 7, 8, lengths=(0, 6))
     operands = case.operands(device=DEVICE)
@@ -180,7 +221,12 @@ def test_the_tangent_over_a_value_rejects(
         ({"block_causal": 2.0}, TypeError, r"whole number of tokens or None, got 2\.0"),
         ({"block_causal": 4, "causal": True}, ValueError, "exclude each other"),
         ({"scale": "1"}, TypeError, "scale must be a number .*got str"),
-        ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite .*got nan"),
+        ({"scale": 10**400}, ValueError, "scale must be finite and at most"),
+        ({"block_causal": 2**70}, ValueError, "at most 2147483647"),
+        ({"return_lse": "no"}, TypeError, "return_lse must be True or False, got 'no'"),
+        ({"primal": []}, ValueError, "primal must be one of"),
+        ({"q": torch.zeros(2, 2, 5, 8).to_sparse()}, TypeError, "dense tensor, got layout"),
         ({"primal": "fast"}, ValueError, "one of own, sdpa, flash_attn, flash_attn_3, got 'fast'"),
         ({"primal": "flash_attn"}, BackendError, "needs CUDA tensors.*Would work: primal='own'"),
         ({"backend": "fast"}, ValueError, "must be one of"),

@@ -112,8 +112,8 @@ def test_second_derivatives_are_right_or_refused(backend: str) -> None:
                 twice(f)
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "eager"])
-def test_a_kernel_refuses_a_dual_operand_of_the_pair(backend: str) -> None:
+@backends
+def test_the_pair_refuses_a_dual_operand(backend: str) -> None:
     operands, _ = small()
     with pytest.raises(NotImplementedError, match="Inside forward mode call attention"):
         jvp(lambda *x: attention_jvp(x, operands.tangents, backend=backend)[0],

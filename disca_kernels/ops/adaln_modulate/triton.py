@@ -11,6 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from disca_kernels.operands import contiguous_rows, row_strides
+from disca_kernels.testing.interpreter import prepare_interpreter
+
+prepare_interpreter()
 
 _TILE_ELEMENTS = 2048
 _MAX_ROWS_PER_TILE = 16

@@ -10,6 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from disca_kernels.backend import Backend, limit, resolve, unprofitable
 from disca_kernels.ops.attention import checks, function
 from disca_kernels.ops.attention.checks import OP
+from disca_kernels.ops.attention.primal import OWN
 from disca_kernels.validation import check_operands, check_tangents
 
 _NAMES = ("q", "k", "v")
@@ -119,8 +120,9 @@ def attention(
         )  # fmt: skip
         return one_or_two
     q, k, v = primals = _autocast(q, k, v)
-    options = checks.check_call(primals, kv_lengths, causal, block_causal, scale)
-    chosen = resolve(OP, backend, q, k, v, kv_lengths)
+    options = checks.check_call(primals, kv_lengths, causal, block_causal, scale, return_lse)
+    # Beneath another attention's value there have to be kernels, fast or not.
+    chosen = resolve(OP, backend, q, k, v, kv_lengths, profitable=primal == OWN)
     checks.check_primal(primal, primals, options, chosen)
     o, lse = function.value(primals, options, return_lse, primal, chosen)
     if not return_lse:
@@ -211,7 +213,7 @@ def attention_jvp(
         )  # fmt: skip
         return results
     primals, tangents = _autocast(*primals), _autocast(*tangents)
-    options = checks.check_call(primals, kv_lengths, causal, block_causal, scale)
+    options = checks.check_call(primals, kv_lengths, causal, block_causal, scale, return_lse)
     check_tangents(OP, _NAMES, primals, tangents)
     chosen = resolve(OP, backend, *primals, kv_lengths, *tangents)
     o, lse, o_dot, lse_dot = function.value_and_tangent(

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every backend of attention takes for granted about a call."""
 
-import math
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from disca_kernels.ops.attention.reference import resolve_block, resolve_scale
 OP = "attention"
 _NAMES = ("q", "k", "v")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MAX_SCALE = torch.finfo(torch.float32).max
+_MAX_BLOCK = 2**31 - 1
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -25,6 +26,7 @@ def check_call(
     causal: Any,
     block_causal: Any,
     scale: Any,
+    return_lse: Any = False,
 ) -> Options:
     """Validate what the calls have in common and return the options as the kernels take them.
 
@@ -36,8 +38,9 @@ def check_call(
     q, k, _ = primals
     if kv_lengths is not None:
         _check_lengths(kv_lengths, q, k.shape[2])
-    if not isinstance(causal, bool):
-        raise TypeError(f"{OP}: causal must be True or False, got {causal!r}")
+    for name, flag in (("causal", causal), ("return_lse", return_lse)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{OP}: {name} must be True or False, got {flag!r}")
     if block_causal is not None:
         _check_block(causal, block_causal)
     _check_scale(scale)
@@ -90,6 +93,8 @@ def _check_primals(primals: tuple[Any, ...]) -> None:
     for name, tensor in zip(_NAMES, primals, strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{OP}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{OP}: {name} must be a dense tensor, got layout {tensor.layout}")
     q, k, v = primals
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
@@ -143,6 +148,8 @@ def _check_block(causal: bool, block_causal: Any) -> None:
         raise ValueError(
             f"{OP}: block_causal must be at least 1 token (None: no mask), got {block_causal}"
         )
+    if block_causal > _MAX_BLOCK:
+        raise ValueError(f"{OP}: block_causal must be at most {_MAX_BLOCK}, got {block_causal}")
     if causal:
         raise ValueError(
             f"{OP}: causal=True and block_causal={block_causal} exclude each other; causal is "
@@ -157,5 +164,7 @@ def _check_scale(scale: Any) -> None:
         raise TypeError(
             f"{OP}: scale must be a number or None (1 / sqrt(D)), got {type(scale).__name__}"
         )
-    if not math.isfinite(scale):
-        raise ValueError(f"{OP}: scale must be finite, got {scale}")
+    if not abs(scale) <= _MAX_SCALE:
+        raise ValueError(
+            f"{OP}: scale must be finite and at most {_MAX_SCALE:g} in float32, got {scale}"
+        )

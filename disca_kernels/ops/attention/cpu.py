@@ -24,7 +24,10 @@ def isas() -> list[str]:
 
 def _isa() -> str:
     """Return the instruction set that `DISCA_CPU_ISA` asks for, "" for the widest."""
-    return os.environ.get("DISCA_CPU_ISA", "")
+    name = os.environ.get("DISCA_CPU_ISA", "")
+    if name and name not in isas():
+        raise ValueError(f"DISCA_CPU_ISA must be one of {', '.join(isas())} here, got {name!r}")
+    return name
 
 
 def _operand(x: Tensor) -> Operand:
@@ -98,6 +101,8 @@ def launch_bwd(
     dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
     kv_lengths = _lengths(kv_lengths)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    if not dq.numel():
+        return dq, dk.zero_(), dv.zero_()
     _ext.load().attention_bwd_cpu(
         problem=_problem(q, k, kv_lengths, block, scale),
         d_o=_operand(do),

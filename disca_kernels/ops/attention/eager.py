@@ -22,6 +22,10 @@ _MASKED = -1e30
 _MATMUL_LIMIT = 512 * 512
 """Scores per head up to which saving P beats recomputing it in the backward pass on a CPU."""
 
+_SHORT_LIMIT = 128 * 128
+"""Scores per head up to which two matrix products are as fast as PyTorch's attention on a CPU,
+which gives 0 for a row whose scores are all NaN."""
+
 Primals = tuple[Tensor, Tensor, Tensor]
 Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -139,10 +143,11 @@ def _operands(
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
     """Compute attention with PyTorch's own reverse mode; not for use in forward mode."""
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    short = q.device.type == "cpu" and q.shape[2] * k.shape[2] <= _MATMUL_LIMIT
+    explicit = needs_grad or _transformed(q, k, v)
+    limit = max(_SHORT_LIMIT, _MATMUL_LIMIT if explicit else 0)
     mask, primals, _, dead = _operands((q, k, v), (None, None, None), options)
     # PyTorch's attention on a CPU runs one sample at a time under vmap.
-    if (needs_grad or _transformed(q, k, v)) and short:
+    if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= limit:
         with torch.autocast(q.device.type, enabled=False):
             q3, k3, v3 = map(_rows, primals)
             p = _scores(q3, k3, mask, options.scale).softmax(-1)

@@ -14,7 +14,7 @@ from disca_kernels.ops.attention.eager import Options, Primals, Tangents
 
 _NO_SECOND_DERIVATIVE = (
     "attention: the gradient that a kernel computes cannot be differentiated again, in either mode "
-    "(which includes a backward pass inside forward_ad.dual_level). backend='eager' can do that"
+    "(which includes a backward pass inside forward_ad.dual_level). attention_reference can do that"
 )
 _NO_TANGENT_OF_PAIR = (
     "attention_jvp: an operand carries a tangent of its own (torch.func.jvp or "
@@ -265,6 +265,8 @@ def value_and_tangent(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Compute (o, lse, o_dot, lse_dot) in one pass; autograd tracks o and lse alone."""
     if backend is Backend.EAGER:
+        present = [x for x in tangents if x is not None]
+        forward_mode.refuse_tangents(_NO_TANGENT_OF_PAIR, *primals, *present)
         return eager.value_and_tangent(primals, tangents, options, with_lse)
     _prepare_compile_dual()
     return _apply_dual_function(primals, tangents, *options, backend.value)

@@ -107,7 +107,7 @@ def why_not(name: str, q: Tensor, k: Tensor, kv_lengths: Tensor | None, block: i
     """
     if name == OWN:
         return []
-    if name not in _PRIMALS:
+    if not isinstance(name, str) or name not in _PRIMALS:
         raise ValueError(f"attention: primal must be one of {', '.join(NAMES)}, got {name!r}")
     primal = _PRIMALS[name]
     reasons = primal.why_not(q, k)

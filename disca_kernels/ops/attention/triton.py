@@ -28,6 +28,9 @@ from disca_kernels.ops.attention.triton_backward import (
 from disca_kernels.ops.attention.triton_forward import _attention_fwd_kernel
 from disca_kernels.ops.attention.triton_jvp import _attention_jvp_kernel
 from disca_kernels.ops.attention.triton_tangent import _attention_tangent_kernel
+from disca_kernels.testing.interpreter import prepare_interpreter
+
+prepare_interpreter()
 
 Primals = tuple[Tensor, Tensor, Tensor]
 Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -203,17 +206,18 @@ def launch_bwd(
     q, k, v, do = *map(rows, primals), rows(do)
     o, lse, dlse, kv_lengths = dense(o), dense(lse), dense(dlse), dense(kv_lengths)
     dq, dk, dv = _like(q), _like(k), _like(v)
+    if not dq.numel():
+        return dq, dk.zero_(), dv.zero_()
     numbers = (*strides(q, k, v, do), *_sizes(q, k, block, scale))
     operands, tile, tma = _operands((q, k, v, do), "mnnm", "dq")
     padded = triton.cdiv(q.shape[2], tile.block_m) * tile.block_m
     per_row = torch.empty((2, *q.shape[:2], padded), dtype=torch.float32, device=q.device)
     delta_offset = per_row[0].numel()
-    if dq.numel():
-        grid = (triton.cdiv(q.shape[2], tile.block_m) * q.shape[0] * q.shape[1],)
-        _attention_bwd_kernel_dq[grid](
-            *operands, o, lse, dlse, dq, per_row, kv_lengths, *numbers,
-            **_constants(tile, q.shape[3], block, tma),
-        )  # fmt: skip
+    grid = (triton.cdiv(q.shape[2], tile.block_m) * q.shape[0] * q.shape[1],)
+    _attention_bwd_kernel_dq[grid](
+        *operands, o, lse, dlse, dq, per_row, kv_lengths, *numbers,
+        **_constants(tile, q.shape[3], block, tma),
+    )  # fmt: skip
     if dk.numel():
         operands, tile, tma = _operands((q, k, v, do), "mnnm", "dkdv")
         if tma:

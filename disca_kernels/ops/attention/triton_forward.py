@@ -75,7 +75,7 @@ def _attention_fwd_kernel(
             )  # fmt: skip
             b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * alpha[:, None], input_precision="ieee")
     row = (i_b * H + i_h) * NQ + first
-    b_seen = b_l > 0
+    b_seen = b_l != 0
     total = tl.where(b_seen, b_l, 1.0)
     b_lse = tl.where(b_seen, (b_m + tl.log2(total)) * LN_2, -float("inf"))
     tl.store(p_lse + row + tl.arange(0, BLOCK_M), b_lse, mask=o_m < NQ)

@@ -119,8 +119,8 @@ def _attention_jvp_kernel(
                 b_t = tl.dot(b_w, b_v_dot, b_t, input_precision="ieee")
     row = (i_b * H + i_h) * NQ + first
     o_row, m_m = row + tl.arange(0, BLOCK_M), o_m < NQ
-    total = tl.where(b_l > 0, b_l, 1.0)
-    b_lse = tl.where(b_l > 0, (b_m + tl.log2(total)) * LN_2, -float("inf"))
+    total = tl.where(b_l != 0, b_l, 1.0)
+    b_lse = tl.where(b_l != 0, (b_m + tl.log2(total)) * LN_2, -float("inf"))
     tl.store(p_lse + o_row, b_lse, mask=m_m)
     tl.store(p_lse_dot + o_row, b_c, mask=m_m)
     store_dense(p_o, b_o / total[:, None], row, NQ - first, D, BLOCK_M, BLOCK_D)

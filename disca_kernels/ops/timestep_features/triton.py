@@ -13,6 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from disca_kernels.ops.timestep_features.reference import frequencies
+from disca_kernels.testing.interpreter import prepare_interpreter
+
+prepare_interpreter()
 
 _MAX_BLOCK = 256
 
