@@ -43,7 +43,9 @@ class Workplace:
         """Return the environment of a step."""
         inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         path = os.pathsep.join([*map(str, self.path), *filter(None, inherited)])
-        return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **self.environment}
+        # A step's pytest is no worker of a pytest that may have called this.
+        outer = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+        return {**outer, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **self.environment}
 
     def start(self, command: Sequence[str | Path]) -> "subprocess.Popen[bytes]":
         """Start a step in a process group of its own."""
