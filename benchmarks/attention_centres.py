@@ -3,7 +3,8 @@
 
 Every function takes (q, k, v) and (q_dot, k_dot, v_dot) of [1, 1, N, D] in one dtype and returns
 o_dot. The operands of a product are rounded to that dtype, sums and everything else are float32.
-They exist to compare rules with one another; what the kernels do is `sampled_tangent`.
+They exist to compare rules with one another; the C++ kernels do what
+`checked_tangent` does.
 """
 
 from typing import NamedTuple

@@ -6,11 +6,12 @@ import platform
 import re
 import shutil
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from disca_kernels.env import package_versions
 
 _PACKAGES = (
     "disca-kernels",
@@ -72,12 +73,7 @@ def versions() -> dict[str, str | None]:
     }
     if torch.cuda.is_available() and torch.backends.cudnn.is_available():
         found["cudnn"] = str(torch.backends.cudnn.version())
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return found | package_versions(_PACKAGES)
 
 
 def file_name() -> str:

@@ -149,7 +149,7 @@ def _implementations(op: str) -> tuple[Backend, ...]:
         raise ValueError(f"unknown operation {op!r}; known operations: {known}") from None
 
 
-def _interpreting() -> bool:
+def interpreting() -> bool:
     """Whether Triton runs its kernels as Python on host memory."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
@@ -176,7 +176,7 @@ def _capability_reasons(device: torch.device) -> list[str]:
 def _triton_reasons(device: torch.device | None) -> list[str]:
     if not _installed("triton"):
         return ["the package triton is not installed"]
-    if _interpreting():
+    if interpreting():
         return []
     if device is None:
         usable = torch.cuda.is_available()

@@ -3,6 +3,7 @@
 
 import os
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,13 @@ def _versions() -> dict[str, str | None]:
         "disca-kernels": __version__,
         "python": platform.python_version(),
     }
-    for name in _PACKAGES:
+    return found | package_versions(_PACKAGES)
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str | None]:
+    """Return the installed version of each distribution, None of one that is not installed."""
+    found: dict[str, str | None] = {}
+    for name in names:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

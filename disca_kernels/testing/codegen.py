@@ -245,8 +245,8 @@ def _compile(spec: KernelSpec, arch: int) -> KernelReport:
     )
 
 
-def _inspect(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
-    """Read a cubin's resources and instructions with the tools that come with Triton."""
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """Return what cuobjdump, which comes with Triton, says of resources, and the instructions."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -259,6 +259,12 @@ def _inspect(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
             ).stdout
             for option in ("-res-usage", "-sass")
         )
+    return usage, sass
+
+
+def _inspect(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
+    """Read a cubin's resources and instructions."""
+    usage, sass = disassemble(cubin)
     resources = {
         name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)
     }

@@ -6,10 +6,11 @@ hardware rounds to nearest even, and `tl.dot` multiplies the integers, so that n
 bfloat16 to the matrix units can be tested with it as it comes.
 """
 
-import os
 from typing import Any
 
 import numpy as np
+
+from disca_kernels.backend import interpreting
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -29,7 +30,7 @@ def _from_bfloat16(raw: np.ndarray) -> np.ndarray:
 
 def prepare_interpreter() -> None:
     """Repair bfloat16 if this process interprets Triton kernels; every room of kernels calls it."""
-    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on"):
+    if interpreting():
         repair_bfloat16()
 
 

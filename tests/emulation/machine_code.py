@@ -10,11 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import triton
-
+from disca_kernels.testing.codegen import disassemble
 from tests.emulation.emulator import CSRC
-
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 class Report(NamedTuple):
@@ -66,12 +63,7 @@ def compile_kernel(nvcc: str) -> tuple[list[Report], str]:
         command += ["-gencode=arch=compute_90a,code=sm_90a", "-o", cubin]
         done = subprocess.run(map(str, command), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        usage, sass = (
-            subprocess.run(
-                [str(CUOBJDUMP), option, str(cubin)], capture_output=True, text=True, check=True
-            ).stdout
-            for option in ("-res-usage", "-sass")
-        )
+        usage, sass = disassemble(cubin.read_bytes())
     resources = {
         name: tuple(map(int, numbers))
         for name, *numbers in re.findall(

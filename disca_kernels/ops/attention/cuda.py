@@ -6,9 +6,8 @@ test of ours comes from one. It compiles without spills, and a test runs it on a
 (docs/ops/attention.md says what that shows and what it does not). So it is there for
 `backend="cuda"` alone, and `backend="auto"` does not choose it.
 
-What it does not compute is Triton's: `launch_fwd`, `launch_bwd` and `launch_tangent` call those of
-`disca_kernels.ops.attention.triton`, so that the value of `attention_jvp(..., backend="cuda")` has
-its gradient, from the same lse.
+What it does not compute is Triton's (`operators.py`), so that the value of
+`attention_jvp(..., backend="cuda")` has its gradient, from the same lse.
 """
 
 from importlib.util import find_spec
@@ -107,6 +106,8 @@ def launch_jvp(
     if o.numel() == 0 or k.numel() == 0:
         return o.zero_(), lse.fill_(-torch.inf), o_dot.zero_(), lse_dot.zero_()
     if not any(x is not None for x in dots):
+        from disca_kernels.ops.attention.triton import launch_fwd
+
         o, lse, _ = launch_fwd(q, k, v, kv_lengths, block, scale)
         return o, lse, o_dot.zero_(), lse_dot.zero_()
     lengths = None if kv_lengths is None else dense(kv_lengths.to(torch.int64))
@@ -124,55 +125,3 @@ def launch_jvp(
             stream=torch.cuda.current_stream(q.device).cuda_stream,
         )
     return o, lse, o_dot, lse_dot
-
-
-def launch_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_lengths: Tensor | None,
-    block: int,
-    scale: float,
-    wide: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return o, lse and, if `wide`, what o lost to rounding: by Triton's kernel."""
-    from disca_kernels.ops.attention import triton
-
-    o, lse, rest = triton.launch_fwd(q, k, v, kv_lengths, block, scale, wide)
-    return o, lse, rest
-
-
-def launch_bwd(
-    do: Tensor,
-    dlse: Tensor | None,
-    primals: Primals,
-    o: Tensor,
-    lse: Tensor,
-    kv_lengths: Tensor | None,
-    block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv: by Triton's kernels."""
-    from disca_kernels.ops.attention import triton
-
-    dq, dk, dv = triton.launch_bwd(do, dlse, primals, o, lse, kv_lengths, block, scale)
-    return dq, dk, dv
-
-
-def launch_tangent(
-    primals: Primals,
-    tangents: Tangents,
-    o: Tensor,
-    rest: Tensor | None,
-    lse: Tensor,
-    kv_lengths: Tensor | None,
-    block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Return o_dot and lse_dot, given o and lse: by Triton's kernel."""
-    from disca_kernels.ops.attention import triton
-
-    o_dot, lse_dot = triton.launch_tangent(
-        primals, tangents, o, rest, lse, kv_lengths, block, scale
-    )
-    return o_dot, lse_dot

@@ -12,13 +12,13 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from disca_kernels.ops.attention.reference import (
+    MASKED,
     attention_mask,
     clear_padding,
     compute_dtype,
     repeat_heads,
 )
 
-_MASKED = -1e30
 _MATMUL_LIMIT = 512 * 512
 """Scores per head up to which saving P beats recomputing it in the backward pass on a CPU."""
 
@@ -82,7 +82,7 @@ def _scores(q3: Tensor, k3: Tensor, mask: Tensor | None, scale: float) -> Tensor
     """Return the scores of [B * H, Nq, Nk], those of keys that are not visible about -1e30."""
     if mask is None:
         return torch.bmm(q3 * scale, k3.mT)
-    bias = torch.zeros(mask.shape, dtype=q3.dtype, device=q3.device).masked_fill(~mask, _MASKED)
+    bias = torch.zeros(mask.shape, dtype=q3.dtype, device=q3.device).masked_fill(~mask, MASKED)
     # One mask for all samples is broadcast; one for each is repeated for each head.
     heads = q3.shape[0] // mask.shape[0] if mask.shape[0] > 1 else 1
     bias = bias.expand(-1, heads, -1, -1).flatten(0, 1)

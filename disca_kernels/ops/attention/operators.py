@@ -15,13 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from disca_kernels.backend import Backend
 from disca_kernels.batching import folding_rule
 from disca_kernels.ops.attention import primal as primals
 
 
-def _launchers(backend: str) -> ModuleType:
-    """Import the module whose kernels `backend` names; only now, since it may load a compiler."""
-    return import_module(f"disca_kernels.ops.attention.{backend}")
+def _launchers(backend: str, fused: bool = False) -> ModuleType:
+    """Import the module whose kernels `backend` names; only now, since it may load a compiler.
+
+    "cuda" has a kernel for value and tangent together, `fused`; the rest is Triton's.
+    """
+    room = "triton" if backend == Backend.CUDA and not fused else backend
+    return import_module(f"disca_kernels.ops.attention.{room}")
 
 
 @torch.library.custom_op("disca_kernels::attention_fwd", mutates_args=())
@@ -80,7 +85,7 @@ def dual(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute o, lse, o_dot and lse_dot in one pass."""
-    launch = _launchers(backend).launch_jvp
+    launch = _launchers(backend, fused=True).launch_jvp
     o, lse, o_dot, lse_dot = launch((q, k, v), (q_dot, k_dot, v_dot), kv_lengths, block, scale)
     return o, lse, o_dot, lse_dot
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MASKED = -1e30
+MASKED = -1e30
 """Stands for minus infinity in a score: exp of the difference is exactly 0, and never NaN."""
 
 
@@ -81,7 +81,7 @@ def probabilities(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Return the softmax of `scores` over the visible keys; a row that sees none is 0."""
     if mask is None:
         return scores.softmax(-1)
-    p = scores.masked_fill(~mask, _MASKED).softmax(-1)
+    p = scores.masked_fill(~mask, MASKED).softmax(-1)
     # Without a visible key the row came out uniform: every score was the same large number.
     return p.masked_fill(~mask, 0.0)
 
@@ -90,7 +90,7 @@ def log_sum_exp(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Return the log-sum-exp of the visible scores of each row; minus infinity if there is none."""
     if mask is None:
         return scores.logsumexp(-1)
-    lse = scores.masked_fill(~mask, _MASKED).logsumexp(-1)
+    lse = scores.masked_fill(~mask, MASKED).logsumexp(-1)
     return lse.masked_fill(~mask.any(-1), -torch.inf)
 
 
