@@ -10,7 +10,9 @@ from torch import Tensor
 __all__ = ["check_eps", "check_operands", "check_tangents"]
 
 
-def check_operands(op: str, names: str, primals: Any, tangents: Any) -> None:
+def check_operands(
+    op: str, names: str, primals: Any, tangents: Any, *, optional: int = 0
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Check that a value-and-tangent call got its operands as two tuples of the right length.
 
     Args:
@@ -18,31 +20,39 @@ def check_operands(op: str, names: str, primals: Any, tangents: Any) -> None:
         names: names of the operands, separated by commas.
         primals: what should be a tuple of tensors.
         tangents: what should be a tuple of tensors or None, one for each primal.
+        optional: how many operands at the end may be left out.
+
+    Returns:
+        Primals and tangents, with None for each operand that was left out.
 
     Raises:
         TypeError: one of them is not a tuple or list.
         ValueError: one of them has another length.
     """
-    count = names.count(",") + 1
+    most = names.count(",") + 1
+    least = most - optional
+    count = f"{least} to {most}" if optional else f"{most}"
     for what, given in (("primals", primals), ("tangents", tangents)):
         if not isinstance(given, (tuple, list)):
             raise TypeError(
                 f"{op}_jvp: {what} must be a tuple of {count} ({names}), got {type(given).__name__}"
             )
-        if len(given) != count:
+        if not least <= len(given) <= most:
             raise ValueError(
                 f"{op}_jvp: {count} {what} are needed, got {len(given)}; expected ({names})"
             )
+    first, second = ((*t, *(None,) * (most - len(t))) for t in (primals, tangents))
+    return first, second
 
 
 def check_tangents(
-    op: str, names: Sequence[str], primals: Sequence[Tensor], tangents: Sequence[Any]
+    op: str, names: Sequence[str], primals: Sequence[Tensor | None], tangents: Sequence[Any]
 ) -> None:
     """Check that each tangent is None or a tensor like its primal.
 
     Raises:
         TypeError: a tangent is not a tensor, or has another dtype.
-        ValueError: a tangent has another shape or device.
+        ValueError: a tangent has another shape or device, or belongs to an absent operand.
     """
     for name, primal, tangent in zip(names, primals, tangents, strict=True):
         if tangent is None:
@@ -51,6 +61,8 @@ def check_tangents(
             raise TypeError(
                 f"{op}_jvp: {name}_dot must be a tensor or None, got {type(tangent).__name__}"
             )
+        if primal is None:
+            raise ValueError(f"{op}_jvp: {name}_dot was given without {name}")
         if tangent.shape != primal.shape or tangent.device != primal.device:
             raise ValueError(
                 f"{op}_jvp: {name}_dot must match {name} {list(primal.shape)} on {primal.device}, "
