@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for `torch.vmap`: the mapped dimension becomes part of the batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -48,3 +49,59 @@ def folding_rule(operator: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]
         return tuple(unfold(info.batch_size, r) for r in result), (0,) * len(result)
 
     return rule
+
+
+def fold_named(
+    size: int,
+    in_dims: Sequence[int | None],
+    tensors: Sequence[Tensor | None],
+    names: Sequence[str],
+    unbatched: Collection[str],
+) -> list[Tensor | None] | None:
+    """Fold the mapped dimension of each tensor into its batch, but for those without a batch.
+
+    Args:
+        size: size of the mapped dimension.
+        in_dims: for each tensor the mapped dimension, or None.
+        tensors: the tensors, None for an absent one.
+        names: their names.
+        unbatched: names of tensors whose first dimension is not the batch.
+
+    Returns:
+        The folded tensors; None if one without a batch is mapped, which no single call can serve.
+    """
+    folded: list[Tensor | None] = []
+    for tensor, dim, name in zip(tensors, in_dims, names, strict=True):
+        if name in unbatched:
+            if dim is not None:
+                return None
+            folded.append(tensor)
+        else:
+            folded += fold(size, [dim], [tensor])
+    return folded
+
+
+def in_a_loop(
+    size: int,
+    in_dims: Sequence[Sequence[int | None]],
+    lists: Sequence[Sequence[Tensor | None]],
+    operator: Callable[..., Sequence[Tensor]],
+    rest: Sequence[Any],
+) -> list[Tensor]:
+    """Call an operator of lists of tensors once for each index of the mapped dimension."""
+    results = []
+    for i in range(size):
+        at_index = [
+            [
+                x if x is None or dim is None else x.select(dim, i)
+                for x, dim in zip(xs, dims, strict=True)
+            ]
+            for xs, dims in zip(lists, in_dims, strict=True)
+        ]
+        results.append(operator(*at_index, *rest))
+    return [torch.stack(column) for column in zip(*results, strict=True)]
+
+
+def _at(index: int, tensor: Tensor | None, dim: int | None) -> Tensor | None:
+    """Take one index of a mapped tensor; anything else as it is."""
+    return tensor if tensor is None or dim is None else tensor.select(dim, index)

@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Autograd in both modes for a fused operation, from its launchers.
+
+A kernel runs inside a `torch.library` operator, which `torch.compile` and `torch.func` transforms
+know how to call. Such an operator has no forward mode and loses a tangent without a word, so it is
+called only by the rules of an autograd Function, and those refuse to pass a dual number on to it.
+`FusedOperation` makes both from a description; an operation's `function.py` holds that description.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disca_kernels import forward_mode
+from disca_kernels.backend import Backend
+from disca_kernels.batching import fold_named, in_a_loop, unfold
+from disca_kernels.operation_functions import dual_function, gradient_function, value_function
+
+__all__ = ["FusedOperation"]
+
+Tensors = tuple[Tensor | None, ...]
+Options = tuple[Any, ...]
+
+
+class FusedOperation:
+    """One operation: its `torch.library` operators and its autograd Functions.
+
+    The launchers of every backend, in `disca_kernels.ops.<name>.<backend>`, are
+
+        launch_fwd(operands, options, keep) -> results
+        launch_bwd(cotangents, saved, needs, options) -> gradients, one per operand or None
+        launch_jvp(primals, tangents, options, with_value, keep) -> (results or None, dots)
+
+    Results are the outputs, then extras for the backward pass: an extra is an empty tensor unless
+    `keep`. A cotangent is None if its output was not used, a tangent None if it is zero.
+
+    Args:
+        name: of the operation; the operators are `disca_kernels::<name>_fwd`, `_bwd`, `_dual` and
+            `_tangent`.
+        operands: names of the tensor arguments, optional ones last.
+        options: the other arguments as a `torch.library` schema, such as "float eps, bool rms".
+        outputs: how many tensors the operation returns.
+        reference: the specification, `(*operands, *options) -> outputs`, plain PyTorch.
+        jvp_reference: `(primals, tangents, *options) -> (outputs, dots)`, plain PyTorch.
+        fake: `(operands, options, keep) -> results`, empty tensors of the right shapes.
+        saved: what `launch_bwd` gets: names of operands, or "result0" and so on.
+        like: for an operand that is not saved, the name of something saved of its shape and dtype.
+        unbatched: operands whose first dimension is not the batch, such as weights.
+        constant: operands without a derivative.
+        passthrough: operands whose gradient is the cotangent of an output, by that output's number.
+        keeps: whether there are extras.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        operands: Sequence[str],
+        reference: Callable[..., Any],
+        jvp_reference: Callable[..., Any],
+        fake: Callable[[Tensors, Options, bool], Sequence[Tensor]],
+        options: str = "",
+        outputs: int = 1,
+        saved: Sequence[str] | None = None,
+        like: Mapping[str, str] | None = None,
+        unbatched: Sequence[str] = (),
+        constant: Sequence[str] = (),
+        passthrough: Mapping[str, int] | None = None,
+        keeps: bool = False,
+    ) -> None:
+        """Register the operators and make the Functions."""
+        self.name, self.operands, self.outputs = name, tuple(operands), outputs
+        self.reference, self.jvp_reference, self.fake = reference, jvp_reference, fake
+        self.saved = tuple(operands if saved is None else saved)
+        self.like = dict(like or {})
+        self.unbatched, self.constant = frozenset(unbatched), frozenset(constant)
+        self.passthrough, self.keeps = dict(passthrough or {}), keeps
+        self._register(options)
+        title = "".join(part.capitalize() for part in name.split("_"))
+        self._gradient_function = gradient_function(self, f"{title}GradientFunction")
+        of_value = value_function(self, f"{title}Function")
+        of_dual = dual_function(self, f"{title}DualFunction")
+
+        def apply_value(*args: Any) -> tuple[Tensor, ...]:
+            return tuple(of_value.apply(*args))  # type: ignore[no-untyped-call]
+
+        def apply_dual(*args: Any) -> tuple[Tensor, ...]:
+            return tuple(of_dual.apply(*args))  # type: ignore[no-untyped-call]
+
+        self._apply_value, self._apply_dual = apply_value, apply_dual
+        self._prepare_value = forward_mode.opaque_to_compile(apply_value)
+        self._prepare_dual = forward_mode.opaque_to_compile(apply_dual)
+
+    def value(self, operands: Tensors, options: Options, backend: Backend) -> tuple[Tensor, ...]:
+        """Compute the outputs, differentiable in the modes that the backend offers."""
+        if backend is Backend.EAGER and not forward_mode.active():
+            return self.by_definition(operands, options)
+        self._refuse_tracked_constant(operands)
+        self._prepare_value()
+        keep = self._is_needed_later(operands)
+        return self._apply_value(*operands, *options, keep, backend.value)[: self.outputs]
+
+    def value_and_tangent(
+        self, primals: Tensors, tangents: Tensors, options: Options, backend: Backend
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Compute (outputs, dots) in one pass; autograd tracks the outputs alone."""
+        forward_mode.refuse_tangents(self._no_tangent_of_pair(), *primals, *tangents)
+        self._refuse_constant(tangents)
+        dots = tuple(None if x is None else x.detach() for x in tangents)
+        if backend is Backend.EAGER:
+            outputs = self.by_definition(primals, options)
+            return outputs, self._eager_tangent(primals, dots, options)
+        self._refuse_tracked_constant(primals)
+        self._prepare_dual()
+        keep = self._is_needed_later(primals)
+        results = self._apply_dual(*primals, *dots, *options, keep, backend.value)
+        return results[: self.outputs], tuple(x.detach() for x in results[-self.outputs :])
+
+    def by_definition(self, operands: Tensors, options: Options) -> tuple[Tensor, ...]:
+        """Compute the outputs by the reference."""
+        return as_tuple(self.reference(*operands, *options))
+
+    def _is_needed_later(self, operands: Tensors) -> bool:
+        """Whether a backward pass may come that needs the extras."""
+        if not (self.keeps and torch.is_grad_enabled()):
+            return False
+        tracked = any(x is not None and x.requires_grad for x in operands)
+        return tracked or torch._C._are_functorch_transforms_active()
+
+    def _launchers(self, backend: str) -> ModuleType:
+        """Import the kernels that `backend` names; only now, since it may load a compiler."""
+        return import_module(f"disca_kernels.ops.{self.name}.{backend}")
+
+    def _register(self, options: str) -> None:
+        """Make the four operators with their shapes for tracing and their rules for vmap."""
+        between = f", {options}" if options else ""
+        forms: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
+            "fwd": (f"Tensor?[] operands{between}, bool keep", self._fwd, self._fake_fwd),
+            "bwd": (
+                f"Tensor?[] cotangents, Tensor?[] saved, bool[] needs{between}",
+                self._bwd,
+                self._fake_bwd,
+            ),
+            "dual": (
+                f"Tensor?[] primals, Tensor?[] tangents{between}, bool keep",
+                self._dual,
+                self._fake_dual,
+            ),
+            "tangent": (
+                f"Tensor?[] primals, Tensor?[] tangents{between}",
+                self._tangent,
+                self._fake_tangent,
+            ),
+        }
+        self.operators = {}
+        for form, (arguments, run, fake) in forms.items():
+            operator = torch.library.custom_op(
+                f"disca_kernels::{self.name}_{form}",
+                run,
+                mutates_args=(),
+                schema=f"({arguments}, str backend) -> Tensor[]",
+            )
+            operator.register_fake(fake)
+            operator.register_vmap(self._vmap_rule(form, operator))
+            self.operators[form] = operator
+
+    def _fwd(self, operands: list[Tensor | None], *rest: Any) -> list[Tensor]:
+        *options, keep, backend = rest
+        return [*self._launchers(backend).launch_fwd(tuple(operands), tuple(options), keep)]
+
+    def _bwd(
+        self,
+        cotangents: list[Tensor | None],
+        saved: list[Tensor | None],
+        needs: list[bool],
+        *rest: Any,
+    ) -> list[Tensor]:
+        *options, backend = rest
+        gradients = self._launchers(backend).launch_bwd(
+            tuple(cotangents), tuple(saved), tuple(needs), tuple(options)
+        )
+        # An operator cannot return None; an empty tensor stands for what was not asked for.
+        some = next(x for x in cotangents if x is not None)
+        return [some.new_empty(0) if g is None else g for g in gradients]
+
+    def _dual(
+        self, primals: list[Tensor | None], tangents: list[Tensor | None], *rest: Any
+    ) -> list[Tensor]:
+        *options, keep, backend = rest
+        results, dots = self._launchers(backend).launch_jvp(
+            tuple(primals), tuple(tangents), tuple(options), True, keep
+        )
+        return [*results, *dots]
+
+    def _tangent(
+        self, primals: list[Tensor | None], tangents: list[Tensor | None], *rest: Any
+    ) -> list[Tensor]:
+        *options, backend = rest
+        _, dots = self._launchers(backend).launch_jvp(
+            tuple(primals), tuple(tangents), tuple(options), False, False
+        )
+        return [*dots]
+
+    def _fake_fwd(self, operands: list[Tensor | None], *rest: Any) -> list[Tensor]:
+        *options, keep, _ = rest
+        return [*self.fake(tuple(operands), tuple(options), keep)]
+
+    def _fake_bwd(
+        self,
+        cotangents: list[Tensor | None],
+        saved: list[Tensor | None],
+        needs: list[bool],
+        *_: Any,
+    ) -> list[Tensor]:
+        known = dict(zip(self.saved, saved, strict=True))
+        some = next(x for x in cotangents if x is not None)
+        gradients = []
+        for name, need in zip(self.operands, needs, strict=True):
+            model = known.get(self.like.get(name, name)) if need else None
+            gradients.append(
+                some.new_empty(0)
+                if model is None
+                else torch.empty(model.shape, dtype=model.dtype, device=model.device)
+            )
+        return gradients
+
+    def _fake_dual(
+        self, primals: list[Tensor | None], tangents: list[Tensor | None], *rest: Any
+    ) -> list[Tensor]:
+        *options, keep, _ = rest
+        results = [*self.fake(tuple(primals), tuple(options), keep)]
+        return results + [torch.empty_like(x) for x in results[: self.outputs]]
+
+    def _fake_tangent(
+        self, primals: list[Tensor | None], tangents: list[Tensor | None], *rest: Any
+    ) -> list[Tensor]:
+        *options, _ = rest
+        return [*self.fake(tuple(primals), tuple(options), False)][: self.outputs]
+
+    def _vmap_rule(self, form: str, operator: Callable[..., Any]) -> Callable[..., Any]:
+        """Fold the mapped dimension into the batch; where a weight is mapped, loop instead."""
+        lists = 2 if form != "fwd" else 1
+
+        def names(args: tuple[Any, ...]) -> list[list[str]]:
+            if form == "bwd":
+                return [[""] * len(args[0]), list(self.saved)]
+            return [list(self.operands)] * lists
+
+        def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+            rest = args[lists:]
+            dims = [
+                [None] * len(given) if dim is None else list(dim)
+                for given, dim in zip(args[:lists], in_dims, strict=False)
+            ]
+            summed = form == "bwd" and any(
+                need and name in self.unbatched
+                for name, need in zip(self.operands, rest[0], strict=True)
+            )
+            folded = [
+                fold_named(info.batch_size, d, given, which, self.unbatched)
+                for d, given, which in zip(dims, args[:lists], names(args), strict=True)
+            ]
+            if summed or any(f is None for f in folded):
+                results = in_a_loop(info.batch_size, dims, args[:lists], operator, rest)
+            else:
+                results = [unfold(info.batch_size, r) for r in operator(*folded, *rest)]
+            return results, [0] * len(results)
+
+        return rule
+
+    def save(self, ctx: Any, operands: Tensors, results: Tensors, rest: Options) -> None:
+        """Keep what the backward pass needs, for each backend, and the options."""
+        *ctx.options, _, ctx.backend = rest
+        ctx.set_materialize_grads(False)
+        if ctx.backend == Backend.EAGER:
+            ctx.save_for_backward(*operands)
+            return
+        known = dict(zip(self.operands, operands, strict=True))
+        known |= {f"result{i}": result for i, result in enumerate(results)}
+        ctx.save_for_backward(*(known[name] for name in self.saved))
+
+    def gradient(self, ctx: Any, cotangents: Tensors) -> Tensors:
+        """Compute the gradients that are needed, with the backend that computed the value."""
+        needs = ctx.needs_input_grad[: len(self.operands)]
+        cotangents = cotangents[: self.outputs]
+        if all(x is None for x in cotangents):
+            return (None,) * len(needs)
+        if ctx.backend == Backend.EAGER:
+            return self._eager_gradient(ctx, cotangents, needs)
+        asked = [
+            need and name not in self.passthrough and name not in self.constant
+            for name, need in zip(self.operands, needs, strict=True)
+        ]
+        gradients: list[Tensor | None] = [None] * len(needs)
+        if any(asked):
+            # The Function only adds errors to the operator: it is needed where they could be due.
+            differentiable = torch.is_grad_enabled() or forward_mode.active()
+            run = self._gradient_function.apply if differentiable else self.plain_gradient
+            results = run(*cotangents, *ctx.saved_tensors, *asked, *ctx.options, ctx.backend)
+            gradients = [g if need else None for g, need in zip(results, asked, strict=True)]
+        for name, output in self.passthrough.items():
+            index = self.operands.index(name)
+            if needs[index]:
+                gradients[index] = cotangents[output]
+        return tuple(gradients)
+
+    def plain_gradient(self, *args: Any) -> tuple[Tensor, ...]:
+        """Call the backward operator with cotangents, saved tensors, needs and options in a row."""
+        first, second = self.outputs, self.outputs + len(self.saved)
+        last = second + len(self.operands)
+        lists = [*args[:first]], [*args[first:second]], [*args[second:last]]
+        return tuple(self.operators["bwd"](*lists, *args[last:]))
+
+    def _eager_gradient(self, ctx: Any, cotangents: Tensors, needs: Sequence[bool]) -> Tensors:
+        """Differentiate the reference, so that the gradient has derivatives of its own."""
+        operands, wanted = ctx.saved_tensors, [i for i, need in enumerate(needs) if need]
+
+        def of(*leaves: Tensor) -> tuple[Tensor, ...]:
+            given = list(operands)
+            for i, leaf in zip(wanted, leaves, strict=True):
+                given[i] = leaf
+            return self.by_definition(tuple(given), tuple(ctx.options))
+
+        outputs, pull_back, *_ = torch.func.vjp(of, *(operands[i] for i in wanted))
+        filled = tuple(
+            torch.zeros_like(y) if dy is None else dy
+            for y, dy in zip(outputs, cotangents, strict=True)
+        )
+        gradients: list[Tensor | None] = [None] * len(needs)
+        for i, gradient in zip(wanted, pull_back(filled), strict=True):
+            gradients[i] = gradient
+        return tuple(gradients)
+
+    def tangents_of(self, ctx: Any, tangents: Tensors) -> tuple[Tensor, ...]:
+        """Compute the tangents of the outputs alone, from tangents of any dtype."""
+        operands = ctx.saved_tensors
+        forward_mode.refuse_second_tangent(self.name, *operands, *tangents)
+        self._refuse_constant(tangents)
+        with torch.no_grad():
+            primals = tuple(None if x is None else x.detach() for x in operands)
+            dots = tuple(
+                None if t is None or x is None else t.detach().to(x.dtype)
+                for x, t in zip(primals, tangents, strict=True)
+            )
+            if ctx.backend == Backend.EAGER:
+                return self._eager_tangent(primals, dots, tuple(ctx.options))
+            found = self.operators["tangent"]([*primals], [*dots], *ctx.options, ctx.backend)
+            return tuple(x.detach() for x in found)
+
+    def _eager_tangent(
+        self, primals: Tensors, tangents: Tensors, options: Options
+    ) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            dots = self.jvp_reference(primals, tangents, *options)[1]
+            return tuple(x.detach() for x in as_tuple(dots))
+
+    def _refuse_constant(self, tangents: Tensors) -> None:
+        for name, tangent in zip(self.operands, tangents, strict=True):
+            if tangent is not None and name in self.constant:
+                raise NotImplementedError(
+                    f"{self.name}: {name} is a constant and cannot have a tangent; "
+                    f"{self.name}_reference is differentiable in it"
+                )
+
+    def _refuse_tracked_constant(self, operands: Tensors) -> None:
+        for name, operand in zip(self.operands, operands, strict=True):
+            if name in self.constant and operand is not None and operand.requires_grad:
+                raise NotImplementedError(
+                    f"{self.name}: {name} is a constant and cannot have a gradient; pass "
+                    f"{name}.detach(), or use {self.name}_reference, which is differentiable in it"
+                )
+
+    def _no_tangent_of_pair(self) -> str:
+        return (
+            f"{self.name}_jvp: an operand carries a tangent of its own (torch.func.jvp or "
+            "forward_ad.dual_level is active), which would silently be lost. Inside forward mode "
+            f"call {self.name}; its tangent comes by itself"
+        )
+
+
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    """Return one output, or several, as a tuple."""
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
