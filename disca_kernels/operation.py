@@ -356,7 +356,7 @@ class FusedOperation:
     ) -> tuple[Tensor, ...]:
         with torch.no_grad():
             dots = self.jvp_reference(primals, tangents, *options)[1]
-            return tuple(x.detach() for x in as_tuple(dots))
+            return tuple(x.detach().contiguous() for x in as_tuple(dots))
 
     def _refuse_constant(self, tangents: Tensors) -> None:
         for name, tangent in zip(self.operands, tangents, strict=True):
