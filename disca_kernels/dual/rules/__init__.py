@@ -5,6 +5,7 @@ from disca_kernels.dual.rules import (  # noqa: F401
     arithmetic,
     attention,
     constants,
+    fused,
     layout,
     normalization,
     pointwise,

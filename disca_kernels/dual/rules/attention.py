@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused value-and-tangent kernels of this package, and PyTorch's own attention."""
+"""Attention: the fused value-and-tangent kernel of this package, and PyTorch's own."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from disca_kernels.dual.registry import rule
-from disca_kernels.dual.tensor import TangentError, primals_of, split, tangent
-from disca_kernels.ops.adaln_modulate import adaln_modulate, adaln_modulate_jvp
+from disca_kernels.dual.tensor import TangentError, split, tangent
 from disca_kernels.ops.attention import attention, attention_jvp
-from disca_kernels.ops.timestep_features import timestep_features, timestep_features_jvp
 
 
 @rule(attention, fused=True)
@@ -26,22 +24,6 @@ def _attention(q: Any, k: Any, v: Any, *, primal: str = "own", **options: Any) -
     primals, dots = (split(q)[0], split(k)[0], split(v)[0]), (tangent(q), tangent(k), tangent(v))
     o, o_dot, *rest = attention_jvp(primals, dots, **options)
     return ((o, rest[0]), (o_dot, rest[1])) if rest else (o, o_dot)
-
-
-@rule(adaln_modulate, fused=True)
-def _adaln_modulate(x: Any, shift: Any, scale: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    return adaln_modulate_jvp(
-        (split(x)[0], split(shift)[0], split(scale)[0]),
-        (tangent(x), tangent(shift), tangent(scale)),
-        **options,
-    )
-
-
-@rule(timestep_features, fused=True)
-def _timestep_features(t: Any, dim: int, **options: Any) -> tuple[Tensor, Tensor]:
-    value, t_dot = split(t)
-    # The width may come from the times, (t - r) / 2; it shapes tangents and has none itself.
-    return timestep_features_jvp(value, t_dot, dim, **primals_of(options))
 
 
 @rule(functional.scaled_dot_product_attention, fused=True)

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The other fused operations of this package: their value-and-tangent kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from disca_kernels.dual.registry import rule
+from disca_kernels.dual.tensor import primals_of, split, tangent
+from disca_kernels.ops.adaln_modulate import adaln_modulate, adaln_modulate_jvp
+from disca_kernels.ops.timestep_features import timestep_features, timestep_features_jvp
+
+
+def _register(function: Callable[..., Any], pair: Callable[..., Any], operands: str) -> None:
+    """Let `pair(primals, tangents, **options)` answer for a function of these operands."""
+    names = operands.split()
+
+    @rule(function, fused=True)
+    def _pair_of(*args: Any, **options: Any) -> Any:
+        stop = max((i + 1 for i, name in enumerate(names) if name in options), default=0)
+        given = [*args, *(options.pop(name, None) for name in names[len(args) : stop])]
+        primals, tangents = tuple(split(x)[0] for x in given), tuple(map(tangent, given))
+        return pair(primals, tangents, **primals_of(options))
+
+
+_register(adaln_modulate, adaln_modulate_jvp, "x shift scale weight bias")
+
+
+@rule(timestep_features, fused=True)
+def _timestep_features(t: Any, dim: int, **options: Any) -> tuple[Tensor, Tensor]:
+    value, t_dot = split(t)
+    # The width may come from the times, (t - r) / 2; it shapes tangents and has none itself.
+    return timestep_features_jvp(value, t_dot, dim, **primals_of(options))
