@@ -9,17 +9,11 @@
 #include <cstdint>
 #include <string>
 
+#include "common/rows.h"
+
 namespace disca {
 
 namespace adaln_modulate {
-
-// Where row (b, n) of an operand starts: data + b * stride_b + n * stride_n, in elements. One row
-// per sample is stride_n = 0; an absent operand is data = nullptr.
-struct Rows {
-  void* data = nullptr;
-  std::int64_t stride_b = 0;
-  std::int64_t stride_n = 0;
-};
 
 struct Shape {
   std::int64_t n_batch, n_tokens, n_channels;

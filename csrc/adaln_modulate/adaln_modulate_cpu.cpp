@@ -16,12 +16,7 @@
 #include "common/checks.h"
 #include "common/cpu.h"
 #include "common/dtype.h"
-#if defined(_OPENMP)
-#include <omp.h>
-#define DISCA_THREAD omp_get_thread_num()
-#else
-#define DISCA_THREAD 0
-#endif
+#include "common/rows.h"
 
 namespace py = pybind11;
 
@@ -29,16 +24,9 @@ namespace disca {
 namespace adaln_modulate {
 namespace {
 
-// Below this many elements a second thread costs more than it saves.
-constexpr std::int64_t kSerialElements = 32768;
 // Rows whose gradients one task sums. It is a constant, not a share of the threads, so that the
 // order of summation, and with it every bit of the result, does not depend on their number.
 constexpr std::int64_t kRowsPerSplit = 64;
-
-template <typename T>
-const T* row_of(const Rows& rows, std::int64_t b, std::int64_t n) {
-  return static_cast<const T*>(rows.data) + b * rows.stride_b + n * rows.stride_n;
-}
 
 // Writes the normalised row and returns 1 / standard deviation.
 template <typename X>
@@ -167,29 +155,17 @@ DISCA_CPU_CLONES void jvp_row(const JvpRow<X, M>& row, float* x_hat, float* tang
   store_row(tangent, row.y_dot, C);
 }
 
-int team(const Shape& s, std::int64_t tasks, int threads) {
-  if (s.n_batch * s.n_tokens * s.n_channels <= kSerialElements) return 1;
-  return static_cast<int>(std::clamp<std::int64_t>(threads, 1, std::max<std::int64_t>(tasks, 1)));
-}
-
-// Calls body(task, scratch) for every task; each thread has a scratch of `floats` floats.
-template <typename Body>
-void parallel_for(std::int64_t tasks, int threads, std::int64_t floats, const Body& body) {
-  std::vector<float> scratch(static_cast<std::size_t>(threads * floats));
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (std::int64_t task = 0; task < tasks; ++task) {
-    body(task, scratch.data() + DISCA_THREAD * floats);
-  }
-}
+std::int64_t elements(const Shape& s) { return s.n_batch * s.n_tokens * s.n_channels; }
 
 template <typename X, typename M>
 void fwd(const ForwardParams& p, int threads) {
   const std::int64_t N = p.shape.n_tokens, C = p.shape.n_channels;
   const float eps = p.shape.eps;
   const std::int64_t n_rows = p.shape.n_batch * N;
-  parallel_for(n_rows, team(p.shape, n_rows, threads), C, [&](std::int64_t i, float* scratch) {
+  const int n_threads = team(elements(p.shape), n_rows, threads);
+  parallel_for(n_rows, n_threads, C, [&](std::int64_t i, float* scratch) {
     const std::int64_t b = i / N, n = i % N;
-    fwd_row(row_of<X>(p.x, b, n), row_of<M>(p.shift, b, n), row_of<M>(p.scale, b, n),
+    fwd_row(p.x.at<const X>(b, n), p.shift.at<const M>(b, n), p.scale.at<const M>(b, n),
             static_cast<X*>(p.y) + i * C, scratch, C, eps);
   });
 }
@@ -198,18 +174,16 @@ template <typename X, typename M>
 void jvp(const JvpParams& p, int threads) {
   const std::int64_t N = p.shape.n_tokens, C = p.shape.n_channels;
   const float eps = p.shape.eps;
-  const auto maybe = [](const auto* row, const Rows& rows) {
-    return rows.data == nullptr ? nullptr : row;
-  };
   const std::int64_t n_rows = p.shape.n_batch * N;
-  parallel_for(n_rows, team(p.shape, n_rows, threads), 2 * C, [&](std::int64_t i, float* scratch) {
+  const int n_threads = team(elements(p.shape), n_rows, threads);
+  parallel_for(n_rows, n_threads, 2 * C, [&](std::int64_t i, float* scratch) {
     const std::int64_t b = i / N, n = i % N;
-    const JvpRow<X, M> row = {row_of<X>(p.x, b, n),
-                              maybe(row_of<X>(p.x_dot, b, n), p.x_dot),
-                              row_of<M>(p.shift, b, n),
-                              row_of<M>(p.scale, b, n),
-                              maybe(row_of<M>(p.shift_dot, b, n), p.shift_dot),
-                              maybe(row_of<M>(p.scale_dot, b, n), p.scale_dot),
+    const JvpRow<X, M> row = {p.x.at<const X>(b, n),
+                              p.x_dot.at<const X>(b, n),
+                              p.shift.at<const M>(b, n),
+                              p.scale.at<const M>(b, n),
+                              p.shift_dot.at<const M>(b, n),
+                              p.scale_dot.at<const M>(b, n),
                               p.y == nullptr ? nullptr : static_cast<X*>(p.y) + i * C,
                               static_cast<X*>(p.y_dot) + i * C};
     jvp_row(row, scratch, scratch + C, C, eps);
@@ -221,11 +195,12 @@ void bwd_per_token(const BackwardParams& p, int threads) {
   const std::int64_t N = p.shape.n_tokens, C = p.shape.n_channels;
   const float eps = p.shape.eps;
   const std::int64_t n_rows = p.shape.n_batch * N;
-  parallel_for(n_rows, team(p.shape, n_rows, threads), 4 * C, [&](std::int64_t i, float* scratch) {
+  const int n_threads = team(elements(p.shape), n_rows, threads);
+  parallel_for(n_rows, n_threads, 4 * C, [&](std::int64_t i, float* scratch) {
     const std::int64_t b = i / N, n = i % N;
     float* sums = p.dshift == nullptr ? nullptr : scratch + 2 * C;
     X* dx = p.dx == nullptr ? nullptr : static_cast<X*>(p.dx) + i * C;
-    bwd_row(row_of<X>(p.dy, b, n), row_of<X>(p.x, b, n), row_of<M>(p.scale, b, n), dx, sums,
+    bwd_row(p.dy.at<const X>(b, n), p.x.at<const X>(b, n), p.scale.at<const M>(b, n), dx, sums,
             sums == nullptr ? nullptr : sums + C, scratch, scratch + C, C, eps);
     if (sums == nullptr) return;
     store_row(sums, static_cast<M*>(p.dshift) + i * C, C);
@@ -241,18 +216,19 @@ void bwd_per_sample(const BackwardParams& p, int threads) {
   // [B, splits, 2, C]
   std::vector<float> partial(
       p.dshift == nullptr ? 0 : static_cast<std::size_t>(B * splits * 2 * C));
-  parallel_for(B * splits, team(p.shape, B * splits, threads), 2 * C,
+  const int n_threads = team(elements(p.shape), B * splits, threads);
+  parallel_for(B * splits, n_threads, 2 * C,
                [&](std::int64_t task, float* scratch) {
     const std::int64_t b = task / splits, first = task % splits * kRowsPerSplit;
     float* sums = partial.empty() ? nullptr : partial.data() + task * 2 * C;
     for (std::int64_t n = first; n < std::min(first + kRowsPerSplit, N); ++n) {
       X* dx = p.dx == nullptr ? nullptr : static_cast<X*>(p.dx) + (b * N + n) * C;
-      bwd_row(row_of<X>(p.dy, b, n), row_of<X>(p.x, b, n), row_of<M>(p.scale, b, 0), dx, sums,
+      bwd_row(p.dy.at<const X>(b, n), p.x.at<const X>(b, n), p.scale.at<const M>(b, 0), dx, sums,
               sums == nullptr ? nullptr : sums + C, scratch, scratch + C, C, eps);
     }
   });
   if (p.dshift == nullptr) return;
-  parallel_for(B, team(p.shape, B, threads), 2 * C, [&](std::int64_t b, float* scratch) {
+  parallel_for(B, team(elements(p.shape), B, threads), 2 * C, [&](std::int64_t b, float* scratch) {
     for (std::int64_t split = 0; split < splits; ++split) {
       add_row(partial.data() + (b * splits + split) * 2 * C, scratch, 2 * C);
     }
@@ -261,26 +237,15 @@ void bwd_per_sample(const BackwardParams& p, int threads) {
   });
 }
 
-// body(X{}, M{}) for the dtypes of x and of the modulations, which are alike or the latter float32.
-template <typename Body>
-void dispatch(const Dtypes& dtypes, const Body& body) {
-  dispatch_dtype(dtypes.x, [&](auto tag) {
-    using X = typename decltype(tag)::type;
-    if (dtypes.modulation == dtypes.x) return body(X{}, X{});
-    check(dtypes.modulation == "float32", "modulation dtype must be ", dtypes.x,
-          " or float32, got ", dtypes.modulation);
-    body(X{}, float{});
-  });
-}
-
 }  // namespace
 
 void fwd_cpu(const ForwardParams& p, const Dtypes& dtypes, int threads) {
-  dispatch(dtypes, [&](auto x, auto m) { fwd<decltype(x), decltype(m)>(p, threads); });
+  dispatch_pair(dtypes.x, "modulation", dtypes.modulation,
+                [&](auto x, auto m) { fwd<decltype(x), decltype(m)>(p, threads); });
 }
 
 void bwd_cpu(const BackwardParams& p, const Dtypes& dtypes, int threads) {
-  dispatch(dtypes, [&](auto x, auto m) {
+  dispatch_pair(dtypes.x, "modulation", dtypes.modulation, [&](auto x, auto m) {
     using X = decltype(x);
     using M = decltype(m);
     p.shape.per_token ? bwd_per_token<X, M>(p, threads) : bwd_per_sample<X, M>(p, threads);
@@ -288,31 +253,20 @@ void bwd_cpu(const BackwardParams& p, const Dtypes& dtypes, int threads) {
 }
 
 void jvp_cpu(const JvpParams& p, const Dtypes& dtypes, int threads) {
-  dispatch(dtypes, [&](auto x, auto m) { jvp<decltype(x), decltype(m)>(p, threads); });
+  dispatch_pair(dtypes.x, "modulation", dtypes.modulation,
+                [&](auto x, auto m) { jvp<decltype(x), decltype(m)>(p, threads); });
 }
 
 namespace {
 
-using PyRows = std::tuple<std::uintptr_t, std::int64_t, std::int64_t>;
 using PyShape = std::tuple<std::int64_t, std::int64_t, std::int64_t, bool>;
 
-// Strides are trusted; an address that is missing where there is something to read is not.
 Rows rows(const char* name, const std::optional<PyRows>& given, bool required, const Shape& s) {
-  if (!given.has_value()) {
-    check(!required, name, " must be (address, stride_b, stride_n), got None");
-    return {};
-  }
-  const auto& [address, stride_b, stride_n] = *given;
-  const bool empty = s.n_batch * s.n_tokens == 0;
-  check(address != 0 || empty, name, " has address 0 for ", s.n_batch, " x ", s.n_tokens, " rows");
-  return {reinterpret_cast<void*>(address), stride_b, stride_n};
+  return parse_rows(name, given, required, s.n_batch * s.n_tokens);
 }
 
 void* output(const char* name, std::uintptr_t address, bool required, const Shape& s) {
-  const bool empty = s.n_batch * s.n_tokens == 0;
-  check(address != 0 || empty || !required, name, " has address 0 for ", s.n_batch, " x ",
-        s.n_tokens, " rows");
-  return reinterpret_cast<void*>(address);
+  return parse_output(name, address, required, s.n_batch * s.n_tokens);
 }
 
 Shape shape(const PyShape& given, float eps) {
@@ -382,16 +336,16 @@ void register_adaln_modulate(py::module_& m) {
   // x and of the modulations; an output that is not wanted has address 0.
   m.def(
       "adaln_modulate_fwd_cpu",
-      [](const op::PyShape& shape, float eps, const PyDtypes& dtypes, const op::PyRows& x,
-         const op::PyRows& shift, const op::PyRows& scale, std::uintptr_t y, int threads) {
+      [](const op::PyShape& shape, float eps, const PyDtypes& dtypes, const PyRows& x,
+         const PyRows& shift, const PyRows& scale, std::uintptr_t y, int threads) {
         op::fwd_cpu(op::forward_params(shape, eps, x, shift, scale, y), op::names(dtypes), threads);
       },
       nogil, py::arg("shape"), py::arg("eps"), py::arg("dtypes"), py::arg("x"), py::arg("shift"),
       py::arg("scale"), py::arg("y"), py::arg("threads"));
   m.def(
       "adaln_modulate_bwd_cpu",
-      [](const op::PyShape& shape, float eps, const PyDtypes& dtypes, const op::PyRows& dy,
-         const op::PyRows& x, const op::PyRows& scale, std::uintptr_t dx, std::uintptr_t dshift,
+      [](const op::PyShape& shape, float eps, const PyDtypes& dtypes, const PyRows& dy,
+         const PyRows& x, const PyRows& scale, std::uintptr_t dx, std::uintptr_t dshift,
          std::uintptr_t dscale, int threads) {
         op::bwd_cpu(op::backward_params(shape, eps, dy, x, scale, dx, dshift, dscale),
                     op::names(dtypes), threads);
@@ -411,8 +365,8 @@ void register_adaln_modulate(py::module_& m) {
 #if defined(DISCA_WITH_CUDA)
   m.def(
       "adaln_modulate_fwd_cuda",
-      [](const op::PyShape& shape, float eps, const PyDtypes& dtypes, const op::PyRows& x,
-         const op::PyRows& shift, const op::PyRows& scale, std::uintptr_t y,
+      [](const op::PyShape& shape, float eps, const PyDtypes& dtypes, const PyRows& x,
+         const PyRows& shift, const PyRows& scale, std::uintptr_t y,
          std::uintptr_t stream) {
         op::fwd_cuda(op::forward_params(shape, eps, x, shift, scale, y), op::names(dtypes), stream);
       },
@@ -420,8 +374,8 @@ void register_adaln_modulate(py::module_& m) {
       py::arg("scale"), py::arg("y"), py::arg("stream"));
   m.def(
       "adaln_modulate_bwd_cuda",
-      [](const op::PyShape& shape, float eps, const PyDtypes& dtypes, const op::PyRows& dy,
-         const op::PyRows& x, const op::PyRows& scale, std::uintptr_t dx, std::uintptr_t dshift,
+      [](const op::PyShape& shape, float eps, const PyDtypes& dtypes, const PyRows& dy,
+         const PyRows& x, const PyRows& scale, std::uintptr_t dx, std::uintptr_t dshift,
          std::uintptr_t dscale, std::int64_t rows_per_split, std::uintptr_t stream) {
         op::BackwardParams p =
             op::backward_params(shape, eps, dy, x, scale, dx, dshift, dscale);
