@@ -160,9 +160,9 @@ NATIVE = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": (0, 8, 8)}, "x has address 0 for 1 x 2 rows"),
-        ({"scale": (0, 8, 8)}, "scale has address 0 for 1 x 2 rows"),
-        ({"y": 0}, "y has address 0 for 1 x 2 rows"),
+        ({"x": (0, 8, 8)}, "x has address 0 for 2 rows"),
+        ({"scale": (0, 8, 8)}, "scale has address 0 for 2 rows"),
+        ({"y": 0}, "y has address 0 for 2 rows"),
         ({"shape": (1, -2, 8, False)}, r"shape must be .*got \[1, -2, 8\]"),
         ({"shape": (1, 2, 0, False)}, r"C > 0\], got \[1, 2, 0\]"),
         ({"dtypes": ("int8", "int8")}, "got int8"),
