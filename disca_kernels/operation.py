@@ -17,8 +17,8 @@ from torch import Tensor
 
 from disca_kernels import forward_mode
 from disca_kernels.backend import Backend
-from disca_kernels.batching import fold_named, in_a_loop, unfold
 from disca_kernels.operation_functions import dual_function, gradient_function, value_function
+from disca_kernels.operation_library import KernelOperators, unwatched
 
 __all__ = ["FusedOperation"]
 
@@ -79,7 +79,8 @@ class FusedOperation:
         self.like = dict(like or {})
         self.unbatched, self.constant = frozenset(unbatched), frozenset(constant)
         self.passthrough, self.keeps = dict(passthrough or {}), keeps
-        self._register(options)
+        self._kernels = KernelOperators(self, options)
+        self.run = self._kernels.run
         title = "".join(part.capitalize() for part in name.split("_"))
         self._gradient_function = gradient_function(self, f"{title}GradientFunction")
         of_value = value_function(self, f"{title}Function")
@@ -100,6 +101,11 @@ class FusedOperation:
         if backend is Backend.EAGER and not forward_mode.active():
             return self.by_definition(operands, options)
         self._refuse_tracked_constant(operands)
+        # Neither the Function nor the operator is needed where nobody would see it.
+        if not _is_tracked(operands) and unwatched(operands):
+            return tuple(self.run("fwd", [*operands], *options, False, backend.value))[
+                : self.outputs
+            ]
         self._prepare_value()
         keep = self._is_needed_later(operands)
         return self._apply_value(*operands, *options, keep, backend.value)[: self.outputs]
@@ -128,149 +134,11 @@ class FusedOperation:
         """Whether a backward pass may come that needs the extras."""
         if not (self.keeps and torch.is_grad_enabled()):
             return False
-        tracked = any(x is not None and x.requires_grad for x in operands)
-        return tracked or torch._C._are_functorch_transforms_active()
+        return _is_tracked(operands) or torch._C._are_functorch_transforms_active()
 
-    def _launchers(self, backend: str) -> ModuleType:
+    def launchers(self, backend: str) -> ModuleType:
         """Import the kernels that `backend` names; only now, since it may load a compiler."""
         return import_module(f"disca_kernels.ops.{self.name}.{backend}")
-
-    def _register(self, options: str) -> None:
-        """Make the four operators with their shapes for tracing and their rules for vmap."""
-        between = f", {options}" if options else ""
-        forms: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
-            "fwd": (f"Tensor?[] operands{between}, bool keep", self._fwd, self._fake_fwd),
-            "bwd": (
-                f"Tensor?[] cotangents, Tensor?[] saved, bool[] needs{between}",
-                self._bwd,
-                self._fake_bwd,
-            ),
-            "dual": (
-                f"Tensor?[] primals, Tensor?[] tangents{between}, bool keep",
-                self._dual,
-                self._fake_dual,
-            ),
-            "tangent": (
-                f"Tensor?[] primals, Tensor?[] tangents{between}",
-                self._tangent,
-                self._fake_tangent,
-            ),
-        }
-        self.operators = {}
-        for form, (arguments, run, fake) in forms.items():
-            operator = torch.library.custom_op(
-                f"disca_kernels::{self.name}_{form}",
-                run,
-                mutates_args=(),
-                schema=f"({arguments}, str backend) -> Tensor[]",
-            )
-            operator.register_fake(fake)
-            operator.register_vmap(self._vmap_rule(form, operator))
-            self.operators[form] = operator
-
-    def _fwd(self, operands: list[Tensor | None], *rest: Any) -> list[Tensor]:
-        *options, keep, backend = rest
-        return [*self._launchers(backend).launch_fwd(tuple(operands), tuple(options), keep)]
-
-    def _bwd(
-        self,
-        cotangents: list[Tensor | None],
-        saved: list[Tensor | None],
-        needs: list[bool],
-        *rest: Any,
-    ) -> list[Tensor]:
-        *options, backend = rest
-        gradients = self._launchers(backend).launch_bwd(
-            tuple(cotangents), tuple(saved), tuple(needs), tuple(options)
-        )
-        # An operator cannot return None; an empty tensor stands for what was not asked for.
-        some = next(x for x in cotangents if x is not None)
-        return [some.new_empty(0) if g is None else g for g in gradients]
-
-    def _dual(
-        self, primals: list[Tensor | None], tangents: list[Tensor | None], *rest: Any
-    ) -> list[Tensor]:
-        *options, keep, backend = rest
-        results, dots = self._launchers(backend).launch_jvp(
-            tuple(primals), tuple(tangents), tuple(options), True, keep
-        )
-        return [*results, *dots]
-
-    def _tangent(
-        self, primals: list[Tensor | None], tangents: list[Tensor | None], *rest: Any
-    ) -> list[Tensor]:
-        *options, backend = rest
-        _, dots = self._launchers(backend).launch_jvp(
-            tuple(primals), tuple(tangents), tuple(options), False, False
-        )
-        return [*dots]
-
-    def _fake_fwd(self, operands: list[Tensor | None], *rest: Any) -> list[Tensor]:
-        *options, keep, _ = rest
-        return [*self.fake(tuple(operands), tuple(options), keep)]
-
-    def _fake_bwd(
-        self,
-        cotangents: list[Tensor | None],
-        saved: list[Tensor | None],
-        needs: list[bool],
-        *_: Any,
-    ) -> list[Tensor]:
-        known = dict(zip(self.saved, saved, strict=True))
-        some = next(x for x in cotangents if x is not None)
-        gradients = []
-        for name, need in zip(self.operands, needs, strict=True):
-            model = known.get(self.like.get(name, name)) if need else None
-            gradients.append(
-                some.new_empty(0)
-                if model is None
-                else torch.empty(model.shape, dtype=model.dtype, device=model.device)
-            )
-        return gradients
-
-    def _fake_dual(
-        self, primals: list[Tensor | None], tangents: list[Tensor | None], *rest: Any
-    ) -> list[Tensor]:
-        *options, keep, _ = rest
-        results = [*self.fake(tuple(primals), tuple(options), keep)]
-        return results + [torch.empty_like(x) for x in results[: self.outputs]]
-
-    def _fake_tangent(
-        self, primals: list[Tensor | None], tangents: list[Tensor | None], *rest: Any
-    ) -> list[Tensor]:
-        *options, _ = rest
-        return [*self.fake(tuple(primals), tuple(options), False)][: self.outputs]
-
-    def _vmap_rule(self, form: str, operator: Callable[..., Any]) -> Callable[..., Any]:
-        """Fold the mapped dimension into the batch; where a weight is mapped, loop instead."""
-        lists = 2 if form != "fwd" else 1
-
-        def names(args: tuple[Any, ...]) -> list[list[str]]:
-            if form == "bwd":
-                return [[""] * len(args[0]), list(self.saved)]
-            return [list(self.operands)] * lists
-
-        def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-            rest = args[lists:]
-            dims = [
-                [None] * len(given) if dim is None else list(dim)
-                for given, dim in zip(args[:lists], in_dims, strict=False)
-            ]
-            summed = form == "bwd" and any(
-                need and name in self.unbatched
-                for name, need in zip(self.operands, rest[0], strict=True)
-            )
-            folded = [
-                fold_named(info.batch_size, d, given, which, self.unbatched)
-                for d, given, which in zip(dims, args[:lists], names(args), strict=True)
-            ]
-            if summed or any(f is None for f in folded):
-                results = in_a_loop(info.batch_size, dims, args[:lists], operator, rest)
-            else:
-                results = [unfold(info.batch_size, r) for r in operator(*folded, *rest)]
-            return results, [0] * len(results)
-
-        return rule
 
     def save(self, ctx: Any, operands: Tensors, results: Tensors, rest: Options) -> None:
         """Keep what the backward pass needs, for each backend, and the options."""
@@ -313,7 +181,7 @@ class FusedOperation:
         first, second = self.outputs, self.outputs + len(self.saved)
         last = second + len(self.operands)
         lists = [*args[:first]], [*args[first:second]], [*args[second:last]]
-        return tuple(self.operators["bwd"](*lists, *args[last:]))
+        return tuple(self.run("bwd", *lists, *args[last:]))
 
     def _eager_gradient(self, ctx: Any, cotangents: Tensors, needs: Sequence[bool]) -> Tensors:
         """Differentiate the reference, so that the gradient has derivatives of its own."""
@@ -348,7 +216,7 @@ class FusedOperation:
             )
             if ctx.backend == Backend.EAGER:
                 return self._eager_tangent(primals, dots, tuple(ctx.options))
-            found = self.operators["tangent"]([*primals], [*dots], *ctx.options, ctx.backend)
+            found = self.run("tangent", [*primals], [*dots], *ctx.options, ctx.backend)
             return tuple(x.detach() for x in found)
 
     def _eager_tangent(
@@ -380,6 +248,10 @@ class FusedOperation:
             "forward_ad.dual_level is active), which would silently be lost. Inside forward mode "
             f"call {self.name}; its tangent comes by itself"
         )
+
+
+def _is_tracked(operands: Tensors) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
 
 
 def as_tuple(outputs: Any) -> tuple[Tensor, ...]:

@@ -32,7 +32,7 @@ def value_function(operation: FusedOperation, name: str) -> Function:
         operands, (*options, keep, backend) = args[:count], args[count:]
         if backend == Backend.EAGER:
             return operation.by_definition(operands, tuple(options))
-        return tuple(operation.operators["fwd"]([*operands], *options, keep, backend))
+        return tuple(operation.run("fwd", [*operands], *options, keep, backend))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         operands = inputs[:count]
@@ -72,7 +72,7 @@ def dual_function(operation: FusedOperation, name: str) -> Function:
 
     def forward(*args: Any) -> tuple[Tensor, ...]:
         primals, tangents, rest = args[:count], args[count : 2 * count], args[2 * count :]
-        return tuple(operation.operators["dual"]([*primals], [*tangents], *rest))
+        return tuple(operation.run("dual", [*primals], [*tangents], *rest))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[operation.outputs :])

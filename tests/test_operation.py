@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from disca_kernels.backend import Backend
 from disca_kernels.operation import FusedOperation
@@ -65,7 +66,7 @@ def launch_jvp(primals, tangents, options, with_value, keep):
 
 
 class Toy(FusedOperation):
-    def _launchers(self, backend):
+    def launchers(self, backend):
         return SimpleNamespace(launch_fwd=launch_fwd, launch_bwd=launch_bwd, launch_jvp=launch_jvp)
 
 
@@ -275,13 +276,32 @@ def test_the_extra_is_kept_only_for_a_backward_pass(monkeypatch):
         kept.append(keep)
         return launch_fwd(operands, options, keep)
 
-    monkeypatch.setattr(TOY, "_launchers", lambda _: SimpleNamespace(launch_fwd=recorded))
+    monkeypatch.setattr(TOY, "launchers", lambda _: SimpleNamespace(launch_fwd=recorded))
     of(Backend.CPU)(*operands())
     of(Backend.CPU)(*leaves_of())
     with torch.no_grad():
         of(Backend.CPU)(*leaves_of())
     torch.func.vjp(lambda x: of(Backend.CPU)(x, *operands()[1:]), operands()[0])
     assert kept == [False, True, False, True]
+
+
+def test_plain_calls_run_what_the_operators_run(monkeypatch):
+    """Without gradients, transforms or modes the operators are left out; with them they are not."""
+    called = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    expected = of(Backend.CPU)(*operands())
+    monkeypatch.setitem(TOY._kernels.operators, "fwd", None)
+    close(of(Backend.CPU)(*operands()), expected)
+    close(of(Backend.CPU)(*leaves_of()), expected)
+    monkeypatch.undo()
+    with Recorder():
+        close(of(Backend.CPU)(*operands()), expected)
+    assert "disca_kernels::toy_of_test_operation_fwd" in called
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
