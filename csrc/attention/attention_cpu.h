@@ -9,12 +9,12 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace disca {
 namespace attention {
 
 constexpr std::int64_t kMaxHeadDim = 256;
-
-enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
 // Row (b, h, n) of an operand starts at data + b * stride_b + h * stride_h + n * stride_n, in
 // elements, and is contiguous. An absent operand is data = nullptr.

@@ -233,16 +233,6 @@ struct Packer<Pair> {
   }
 };
 
-// body(X{}) with the type of the elements in memory.
-template <class Body>
-DISCA_ALWAYS_INLINE void with_type(Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::kFloat32: return body(float{});
-    case Dtype::kBFloat16: return body(BFloat16{});
-    case Dtype::kFloat16: return body(Float16{});
-  }
-}
-
 template <class E>
 void pack_rows(Dtype dtype, const Source& x, std::int64_t n_rows, std::int64_t dim, double factor,
                E* out) {

@@ -84,6 +84,8 @@ DISCA_CONVERSION Float16 from_float<Float16>(float value) {
   return {static_cast<std::uint16_t>(sign | result)};
 }
 
+enum class Dtype { kFloat32, kBFloat16, kFloat16 };
+
 template <typename T>
 struct TypeTag {
   using type = T;
