@@ -42,6 +42,7 @@ class BackendError(RuntimeError):
 IMPLEMENTATIONS: dict[str, tuple[Backend, ...]] = {
     "adaln_modulate": (Backend.TRITON, Backend.CUDA, Backend.CPU, Backend.EAGER),
     "attention": (Backend.TRITON, Backend.CUDA, Backend.CPU, Backend.EAGER),
+    "qk_norm_rope": (Backend.TRITON, Backend.EAGER),
     "timestep_features": (Backend.TRITON, Backend.EAGER),
 }
 """What each operation has: one line per operation."""
