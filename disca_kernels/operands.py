@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How kernels are told where the rows of a tensor are."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 Rows = tuple[int, int, int]
@@ -16,9 +19,22 @@ def contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
+def contiguous_operands(operands: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Return operands whose last dimensions are contiguous, absent ones as they are.
+
+    The caller keeps them: a copy has to live as long as a kernel reads it.
+    """
+    return tuple(None if x is None else contiguous_rows(x) for x in operands)
+
+
 def row_strides(tensor: Tensor) -> tuple[int, int]:
     """Return batch and token stride of [B, N, C]; for [B, C] the token stride is 0."""
     return tensor.stride(0), tensor.stride(1) if tensor.ndim == 3 else 0
+
+
+def strides_of(*operands: Tensor | None) -> tuple[int, ...]:
+    """Return batch and token stride of each operand in a row, zeros for an absent one."""
+    return tuple(s for x in operands for s in ((0, 0) if x is None else row_strides(x)))
 
 
 def rows(tensor: Tensor) -> Rows:

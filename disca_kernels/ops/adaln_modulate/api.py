@@ -1,31 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """Public `adaln_modulate` and `adaln_modulate_jvp`: contract, validation, choice of backend."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from disca_kernels.backend import Backend, limit, resolve
+from disca_kernels.backend import Backend, BackendError, limit, resolve
+from disca_kernels.modulation import (
+    check_affine,
+    check_alike,
+    check_modulation,
+    check_norm,
+    check_tokens,
+    widen_in_autocast,
+    width_reasons,
+)
 from disca_kernels.ops.adaln_modulate import function
 from disca_kernels.validation import check_eps, check_operands, check_tangents
 
 _OP = "adaln_modulate"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MAX_WIDTH = 8192
 
 
 def adaln_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, backend: str | Backend = "auto"
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    backend: str | Backend = "auto",
 ) -> Tensor:
-    """Layer-normalise tokens and modulate them: `y = LN(x) * (1 + scale) + shift`.
+    """Normalise tokens and modulate them: `y = (norm(x) * weight + bias) * (1 + scale) + shift`.
 
-    `LN` subtracts the mean over the last dimension and divides by the square root of the biased
-    variance plus `eps`; it has no weights of its own. This is the modulation of a diffusion
-    transformer's adaLN block (Peebles and Xie, "Scalable Diffusion Models with Transformers",
-    arXiv 2212.09748). Everything is computed in float32 (float64 inputs: in float64) and rounded
-    once, when y is stored.
+    The layer norm subtracts the mean over the last dimension and divides by the square root of the
+    biased variance plus `eps`; the RMS norm (Zhang and Sennrich, arXiv 1910.07467) divides by the
+    square root of the mean square plus `eps`. This is the modulation of a diffusion transformer's
+    adaLN block (Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748).
+    Everything is computed in float32 (float64 inputs: in float64) and rounded once, when y is
+    stored.
 
     Differentiable in reverse mode on every backend, and in forward mode (`torch.func.jvp`,
     `forward_ad.dual_level`) with a detached tangent. With `backend="eager"` outside forward mode
@@ -37,49 +53,57 @@ def adaln_modulate(
             or float32; under `torch.autocast` any half precision, which is widened if x is float32.
             Nothing is broadcast: [B, 1, C] is accepted only if N is 1.
         scale: shape and dtype of `shift`.
-        eps: added to the variance.
+        weight: [C], the norm's own weight, in the dtype of x or float32; None for ones.
+        bias: [C] in the dtype of `weight`; None for zeros. It needs a weight and a layer norm.
+        norm: "layer" or "rms".
+        eps: added to the variance, or to the mean square.
         backend: "auto", "triton", "cuda", "cpu" or "eager"; see `disca_kernels.backend`.
 
     Returns:
         y [B, N, C], contiguous, in the dtype of x.
 
     Raises:
-        ValueError: wrong rank, width, batch or device.
+        ValueError: wrong rank, width, batch, device or norm.
         TypeError: wrong dtype, or not a tensor.
         BackendError: the backend that was asked for cannot run this call.
     """
-    if has_torch_function((x, shift, scale)):
+    given = (x, shift, scale, weight, bias)
+    if has_torch_function(given):
         result: Tensor = handle_torch_function(
-            adaln_modulate, (x, shift, scale), x, shift, scale, eps=eps, backend=backend
+            adaln_modulate, given, *given, norm=norm, eps=eps, backend=backend
         )
         return result
-    shift, scale = (_widen_in_autocast(t, x) for t in (shift, scale))
-    _check_primals(x, shift, scale)
-    check_eps(_OP, eps)
-    return function.value(x, shift, scale, eps, resolve(_OP, backend, x, shift, scale))
+    operands = _widened(given, x)
+    _check(operands, norm, eps)
+    chosen = _resolve(norm, backend, operands)
+    return function.value(operands, (eps, norm == "rms"), chosen)
 
 
 def adaln_modulate_jvp(
-    primals: tuple[Tensor, Tensor, Tensor],
-    tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
+    primals: Sequence[Tensor | None],
+    tangents: Sequence[Tensor | None],
     *,
+    norm: str = "layer",
     eps: float = 1e-6,
     backend: str | Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Compute `adaln_modulate` and its directional derivative in one pass.
 
-    With `x_hat = LN(x)` and `rstd` the reciprocal standard deviation of a row,
+    With `x_hat = norm(x)`, `rstd` the reciprocal deviation of a row, `a = x_hat * weight + bias`,
 
-        y_dot = rstd * (x_dot - mean(x_dot) - x_hat * mean(x_hat * x_dot)) * (1 + scale)
-                + x_hat * scale_dot + shift_dot
+        x_hat_dot = rstd * (x_dot - mean(x_dot) - x_hat * mean(x_hat * x_dot))
+        a_dot = x_hat_dot * weight + x_hat * weight_dot + bias_dot
+        y_dot = a_dot * (1 + scale) + a * scale_dot + shift_dot
 
-    The value is tracked by autograd; the tangent is not, and nothing of it is kept.
+    where an RMS norm has no `mean(x_dot)`. The value is tracked by autograd; the tangent is not,
+    and nothing of it is kept.
 
     Args:
-        primals: `(x, shift, scale)` as in `adaln_modulate`.
-        tangents: `(x_dot, shift_dot, scale_dot)`, each of the shape and dtype of its primal; None
-            stands for zero and costs nothing.
-        eps: added to the variance.
+        primals: `(x, shift, scale)`, or with `weight` and `bias` after them.
+        tangents: a tangent of each primal, of its shape and dtype; None stands for zero and costs
+            nothing. Those of weight and bias may be left out.
+        norm: as in `adaln_modulate`.
+        eps: as in `adaln_modulate`.
         backend: as in `adaln_modulate`.
 
     Returns:
@@ -91,74 +115,55 @@ def adaln_modulate_jvp(
         BackendError: the backend that was asked for cannot run this call.
         NotImplementedError: an operand carries a tangent of forward-mode AD itself.
     """
-    check_operands(_OP, "x, shift, scale", primals, tangents)
-    relevant: tuple[Any, ...] = (*primals, *tangents)
+    names = ", ".join(function.OPERANDS)
+    first, second = check_operands(_OP, names, primals, tangents, optional=2)
+    relevant = (*first, *second)
     if has_torch_function(relevant):
         pair: tuple[Tensor, Tensor] = handle_torch_function(
-            adaln_modulate_jvp, relevant, primals, tangents, eps=eps, backend=backend
+            adaln_modulate_jvp, relevant, primals, tangents, norm=norm, eps=eps, backend=backend
         )
         return pair
-    x, shift, scale = primals
-    primals = (x, _widen_in_autocast(shift, x), _widen_in_autocast(scale, x))
-    _check_primals(*primals)
-    check_eps(_OP, eps)
-    x_dot, shift_dot, scale_dot = tangents
-    tangents = (x_dot, _widen_in_autocast(shift_dot, x), _widen_in_autocast(scale_dot, x))
-    check_tangents(_OP, ("x", "shift", "scale"), primals, tangents)
-    chosen = resolve(_OP, backend, *primals, *tangents)
-    return function.value_and_tangent(primals, tangents, eps, chosen)
+    operands, dots = _widened(first, first[0]), _widened(second, first[0])
+    _check(operands, norm, eps)
+    check_tangents(_OP, function.OPERANDS, operands, dots)
+    chosen = _resolve(norm, backend, (*operands, *dots))
+    return function.value_and_tangent(operands, dots, (eps, norm == "rms"), chosen)
 
 
-def _widen_in_autocast(modulation: Any, x: Any) -> Any:
-    """Under autocast bring a narrow modulation, the output of a cast linear layer, to float32."""
-    if not (isinstance(modulation, Tensor) and isinstance(x, Tensor)):
-        return modulation
-    if x.dtype != torch.float32 or modulation.dtype not in (torch.bfloat16, torch.float16):
-        return modulation
-    device = x.device.type
-    in_autocast = device != "meta" and torch.is_autocast_enabled(device)
-    return modulation.float() if in_autocast else modulation
+def _widened(operands: Sequence[Any], x: Any) -> tuple[Any, ...]:
+    """Widen shift and scale, or their tangents, as autocast needs it."""
+    first, shift, scale, *rest = operands
+    return first, widen_in_autocast(shift, x), widen_in_autocast(scale, x), *rest
 
 
-def _check_primals(x: Tensor, shift: Tensor, scale: Tensor) -> None:
+def _check(operands: tuple[Any, ...], norm: Any, eps: Any) -> None:
     """Validate what every backend takes for granted."""
-    for name, tensor in (("x", x), ("shift", shift), ("scale", scale)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{_OP}: {name} must be a tensor, got {type(tensor).__name__}")
-    if x.ndim != 3:
-        raise ValueError(f"{_OP}: x must be [B, N, C], got {list(x.shape)}")
-    n_batch, n_tokens, n_channels = x.shape
-    if n_channels == 0:
-        raise ValueError(f"{_OP}: x must have at least one channel, got {list(x.shape)}")
-    if x.dtype not in _DTYPES:
-        names = ", ".join(map(str, _DTYPES))
-        raise TypeError(f"{_OP}: x must be one of {names}, got {x.dtype}")
-    for name, tensor in (("shift", shift), ("scale", scale)):
-        if tuple(tensor.shape) not in ((n_batch, n_channels), (n_batch, n_tokens, n_channels)):
-            raise ValueError(
-                f"{_OP}: {name} must be [B, C] = [{n_batch}, {n_channels}] (one row per sample) or "
-                f"[B, N, C] = [{n_batch}, {n_tokens}, {n_channels}] (one row per token) for x "
-                f"{list(x.shape)}, got {list(tensor.shape)}; nothing is broadcast"
-            )
-        if tensor.dtype not in (x.dtype, torch.float32):
-            raise TypeError(
-                f"{_OP}: {name} must have the dtype of x ({x.dtype}) or torch.float32, "
-                f"got {tensor.dtype}"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{_OP}: {name} is on {tensor.device}, x is on {x.device}")
-    if shift.shape != scale.shape or shift.dtype != scale.dtype:
-        raise ValueError(
-            f"{_OP}: shift and scale must be alike, got shift {shift.dtype} {list(shift.shape)} "
-            f"and scale {scale.dtype} {list(scale.shape)}"
+    x, shift, scale, weight, bias = operands
+    check_norm(_OP, norm)
+    check_eps(_OP, eps)
+    check_tokens(_OP, x)
+    check_modulation(_OP, "shift", shift, x)
+    check_modulation(_OP, "scale", scale, x)
+    check_alike(_OP, shift, scale)
+    check_affine(_OP, weight, bias, x, norm)
+
+
+def _resolve(norm: str, backend: str | Backend, tensors: tuple[Tensor | None, ...]) -> Backend:
+    """Choose the backend; the CUDA C++ kernels know the layer norm alone."""
+    chosen = resolve(_OP, backend, *tensors)
+    if chosen is Backend.CUDA and norm != "layer":
+        raise BackendError(
+            f"{_OP}: backend='cuda' was requested and cannot run: its kernels have no "
+            f"norm={norm!r}. Would work: 'triton', 'eager', or norm='layer'."
         )
+    return chosen
 
 
-@limit(_OP, Backend.TRITON)
+limit(_OP, Backend.TRITON)(width_reasons)
+
+
 @limit(_OP, Backend.CUDA)
-def _width_limit(x: Tensor, *_: Tensor | None) -> list[str]:
-    """Say how wide a row the kernels can keep in registers."""
-    width = x.shape[-1]
-    if width <= _MAX_WIDTH:
-        return []
-    return [f"at most {_MAX_WIDTH} channels fit the registers that share a row, got {width}"]
+def _cuda_limit(x: Tensor, *others: Tensor | None) -> list[str]:
+    """Add to the width what the CUDA C++ kernels cannot do."""
+    affine = any(t is not None for t in others[2:4])
+    return width_reasons(x) + ["its kernels have no weight and bias"] * affine

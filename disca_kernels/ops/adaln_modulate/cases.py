@@ -2,34 +2,35 @@
 """Inputs of adaln_modulate and what they cost on paper, for its tests and its benchmark."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-FLOPS_PER_ELEMENT = {"fwd": 7, "bwd": 15, "jvp": 17}
-"""Multiplications and additions of each element of x in each mode, rounded to the next integer."""
+from disca_kernels.testing.drawing import Drawing, Operands
 
-
-class Operands(NamedTuple):
-    """What a call of adaln_modulate and of its derivatives takes."""
-
-    primals: tuple[Tensor, Tensor, Tensor]
-    tangents: tuple[Tensor, Tensor, Tensor]
-    cotangent: Tensor
+# Multiplications and additions for each element of x; what is done once a row or a sample is free.
+_FLOPS = {
+    "layer": {"fwd": 7, "bwd": 16, "jvp": 18},
+    "rms": {"fwd": 5, "bwd": 12, "jvp": 14},
+    "weight": {"fwd": 1, "bwd": 1, "jvp": 4},
+    "bias": {"fwd": 1, "bwd": 0, "jvp": 2},
+}
 
 
 @dataclass(frozen=True)
 class AdalnModulateCase:
-    """One shape of adaptive layer-norm modulation.
+    """One shape of adaptive norm modulation.
 
     Attributes:
         batch: B.
         n_tokens: N.
         n_channels: C.
         dtype: of x.
-        modulation_dtype: of shift and scale; None means that of x.
+        modulation_dtype: of shift, scale, weight and bias; None means that of x.
         per_token: whether every token has a modulation of its own.
+        affine: whether the norm has a weight, and a bias if it is a layer norm.
+        norm: "layer" or "rms".
         offset: added to x, so that the mean of a row is not small beside its deviation.
     """
 
@@ -39,6 +40,8 @@ class AdalnModulateCase:
     dtype: torch.dtype = torch.float32
     modulation_dtype: torch.dtype | None = None
     per_token: bool = False
+    affine: bool = False
+    norm: str = "layer"
     offset: float = 0.5
 
     def __str__(self) -> str:
@@ -46,35 +49,34 @@ class AdalnModulateCase:
         name = f"b{self.batch}n{self.n_tokens}c{self.n_channels}-{_name(self.dtype)}"
         if self.modulation_dtype is not None:
             name += f"-modulation_{_name(self.modulation_dtype)}"
-        return name + "-per_token" * self.per_token
+        name += "-per_token" * self.per_token + "-affine" * self.affine
+        return name + "-rms" * (self.norm == "rms")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the public function takes besides the operands."""
+        return {"norm": self.norm}
 
     def operands(self, seed: int = 0, device: str | torch.device = "cpu") -> Operands:
-        """Draw normal operands, each a slice of a larger tensor.
-
-        Per-sample shift and scale are two of six chunks of one projection, as in a DiT block.
-        """
-        generator = torch.Generator().manual_seed(seed)
+        """Draw normal operands, each a slice of a larger tensor."""
+        draw = Drawing((self.batch, self.n_tokens, self.n_channels), seed, device)
         wide = self.modulation_dtype or self.dtype
 
-        def tokens(dtype: torch.dtype) -> Tensor:
-            shape = (self.batch, self.n_tokens + 3, self.n_channels + 16)
-            full = torch.randn(shape, generator=generator).to(device, dtype)
-            return full[:, 2 : self.n_tokens + 2, 8 : self.n_channels + 8]
+        def primals_or_tangents(offset: float, mean_weight: float) -> tuple[Tensor | None, ...]:
+            x = draw.tokens(self.dtype)
+            modulations = draw.modulations(2, wide, self.per_token)
+            weight = draw.channels(wide, mean_weight) if self.affine else None
+            bias = draw.channels(wide) if self.affine and self.norm == "layer" else None
+            return (x + offset if offset else x), *modulations, weight, bias
 
-        def modulation() -> tuple[Tensor, Tensor]:
-            if self.per_token:
-                return tokens(wide), tokens(wide)
-            full = torch.randn((self.batch, 6 * self.n_channels), generator=generator)
-            chunks = full.to(device, wide).chunk(6, dim=-1)
-            return chunks[3], chunks[4]
-
-        x = tokens(self.dtype) + self.offset
-        primals = (x, *modulation())
-        return Operands(primals, (tokens(self.dtype), *modulation()), tokens(self.dtype))
+        primals = primals_or_tangents(self.offset, 1.0)
+        return Operands(primals, primals_or_tangents(0.0, 0.0), (draw.tokens(self.dtype),))
 
     def flops(self, mode: str) -> int:
         """Count floating-point operations of "fwd", "bwd" or "jvp"."""
-        return FLOPS_PER_ELEMENT[mode] * self.batch * self.n_tokens * self.n_channels
+        parts = [self.norm, *("weight", "bias")[: self._n_vectors]]
+        per_element = sum(_FLOPS[part][mode] for part in parts)
+        return per_element * self.batch * self.n_tokens * self.n_channels
 
     def bytes_moved(self, mode: str) -> int:
         """Count the bytes that `mode` must read and write once."""
@@ -88,18 +90,38 @@ class AdalnModulateCase:
             "bwd": 3,  # scale, dshift, dscale
             "jvp": 4,  # shift, scale and their tangents
         }[mode]
+        # weight and bias, beside them their gradients or tangents
+        vectors = self._n_vectors * (1 if mode == "fwd" else 2)
         n_rows = self.batch * self.n_tokens
         n_modulations = n_rows if self.per_token else self.batch
         wide = (self.modulation_dtype or self.dtype).itemsize
-        per_channel = rows * n_rows * self.dtype.itemsize + modulation_rows * n_modulations * wide
-        return per_channel * self.n_channels
+        narrow_rows, wide_rows = rows * n_rows, modulation_rows * n_modulations + vectors
+        return (narrow_rows * self.dtype.itemsize + wide_rows * wide) * self.n_channels
+
+    @property
+    def _n_vectors(self) -> int:
+        """How many vectors the affine part has."""
+        return (2 if self.norm == "layer" else 1) if self.affine else 0
 
 
-def adaln_modulate_in_dtype(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def adaln_modulate_in_dtype(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "layer",
+    eps: float = 1e-6,
+) -> Tensor:
     """Compute adaln_modulate as a DiT block writes it: three roundings in bfloat16, not one."""
     if scale.ndim == 2:
         shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
-    normal = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    if norm == "rms":
+        normal = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+    else:
+        normal = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return (normal * (1 + scale) + shift).to(x.dtype)
 
 
