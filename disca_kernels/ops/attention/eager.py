@@ -140,14 +140,21 @@ def _operands(
     return mask, (q, k, v), (q_dot, k_dot, v_dot), dead
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
-    """Compute attention with PyTorch's own reverse mode; not for use in forward mode."""
+def _keeps_probabilities(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `forward` computes P as a whole instead of calling PyTorch's attention.
+
+    That one runs one sample at a time under vmap on a CPU.
+    """
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     explicit = needs_grad or _transformed(q, k, v)
     limit = max(_SHORT_LIMIT, _MATMUL_LIMIT if explicit else 0)
+    return q.device.type == "cpu" and q.shape[2] * k.shape[2] <= limit
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+    """Compute attention with PyTorch's own reverse mode; not for use in forward mode."""
     mask, primals, _, dead = _operands((q, k, v), (None, None, None), options)
-    # PyTorch's attention on a CPU runs one sample at a time under vmap.
-    if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= limit:
+    if _keeps_probabilities(q, k, v):
         with torch.autocast(q.device.type, enabled=False):
             q3, k3, v3 = map(_rows, primals)
             p = _scores(q3, k3, mask, options.scale).softmax(-1)
@@ -208,8 +215,15 @@ def tangent(primals: Primals, tangents: Tangents, options: Options) -> tuple[Ten
 def value_and_tangent(
     primals: Primals, tangents: Tangents, options: Options, with_lse: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Compute o, lse if wanted, and their tangents; autograd tracks the values alone."""
+    """Compute o, lse if wanted, and their tangents; autograd tracks the values alone.
+
+    What autograd keeps is what it keeps of `forward`, so that one can be recomputed for the other.
+    """
     q = primals[0]
+    if not with_lse and not _keeps_probabilities(*primals):
+        o = forward(*primals, options)
+        with torch.no_grad():
+            return o, None, *tangent(primals, tangents, options)
     mask, primals, tangents, dead = _operands(primals, tangents, options)
     with torch.autocast(q.device.type, enabled=False):
         q3, k3, v3 = map(_rows, primals)
