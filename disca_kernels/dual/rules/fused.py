@@ -11,6 +11,12 @@ from torch import Tensor
 from disca_kernels.dual.registry import rule
 from disca_kernels.dual.tensor import primals_of, split, tangent
 from disca_kernels.ops.adaln_modulate import adaln_modulate, adaln_modulate_jvp
+from disca_kernels.ops.gated_residual import gated_residual, gated_residual_jvp
+from disca_kernels.ops.gated_residual_adaln import (
+    gated_residual_adaln,
+    gated_residual_adaln_jvp,
+)
+from disca_kernels.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_jvp
 from disca_kernels.ops.timestep_features import timestep_features, timestep_features_jvp
 
 
@@ -27,6 +33,13 @@ def _register(function: Callable[..., Any], pair: Callable[..., Any], operands: 
 
 
 _register(adaln_modulate, adaln_modulate_jvp, "x shift scale weight bias")
+_register(
+    qk_norm_rope,
+    qk_norm_rope_jvp,
+    "qkv q_weight k_weight cos sin context_qkv context_q_weight context_k_weight",
+)
+_register(gated_residual, gated_residual_jvp, "x y gate")
+_register(gated_residual_adaln, gated_residual_adaln_jvp, "x y gate shift scale weight bias")
 
 
 @rule(timestep_features, fused=True)
