@@ -9,6 +9,11 @@ from disca_kernels._version import __version__
 from disca_kernels.backend import Backend, BackendError, resolve, use_backend, why_not
 from disca_kernels.ops.adaln_modulate import adaln_modulate, adaln_modulate_jvp
 from disca_kernels.ops.attention import attention, attention_jvp, attention_tangent
+from disca_kernels.ops.gated_residual import gated_residual, gated_residual_jvp
+from disca_kernels.ops.gated_residual_adaln import (
+    gated_residual_adaln,
+    gated_residual_adaln_jvp,
+)
 from disca_kernels.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_jvp
 from disca_kernels.ops.timestep_features import timestep_features, timestep_features_jvp
 
@@ -21,6 +26,10 @@ __all__ = [
     "attention",
     "attention_jvp",
     "attention_tangent",
+    "gated_residual",
+    "gated_residual_adaln",
+    "gated_residual_adaln_jvp",
+    "gated_residual_jvp",
     "qk_norm_rope",
     "qk_norm_rope_jvp",
     "resolve",

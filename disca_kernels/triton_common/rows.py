@@ -47,15 +47,16 @@ def load_channels(p_channels, o_c, m_c):
 
 
 @triton.jit
-def normalise(b_x, m_c, C, eps, RMS: tl.constexpr):
-    """Return the normalised rows, zero outside the mask, and their 1 / deviation."""
+def normalise(b_x, m_n, m_c, C, eps, RMS: tl.constexpr):
+    """Return the normalised rows, zero outside the masks, and their 1 / deviation."""
     if RMS:
         b_centred = b_x
     else:
         b_mean = tl.sum(b_x, axis=1, keep_dims=True) / C
         b_centred = tl.where(m_c[None, :], b_x - b_mean, 0.0)
     b_variance = tl.sum(b_centred * b_centred, axis=1, keep_dims=True) / C
-    b_rstd = 1.0 / tl.sqrt_rn(b_variance + eps)
+    # A row outside the mask is no row of zeros, which has no finite deviation if eps is zero.
+    b_rstd = 1.0 / tl.sqrt_rn(tl.where(m_n[:, None], b_variance + eps, 1.0))
     return b_centred * b_rstd, b_rstd
 
 

@@ -68,12 +68,13 @@ def _adaln_modulate_fwd_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    m_rows = (o_n < N)[:, None] & m_c[None, :]
+    m_n = o_n < N
+    m_rows = m_n[:, None] & m_c[None, :]
 
     b_x = load_rows(p_x, i_b, o_n, o_c, stride_xb, stride_xn, m_rows)
     b_scale = load_modulation(p_scale, i_b, o_n, o_c, stride_sb, stride_sn, m_rows, m_c, PER_TOKEN)
     b_shift = load_modulation(p_shift, i_b, o_n, o_c, stride_hb, stride_hn, m_rows, m_c, PER_TOKEN)
-    b_x_hat, _ = normalise(b_x, m_c, C, eps, RMS)
+    b_x_hat, _ = normalise(b_x, m_n, m_c, C, eps, RMS)
     b_y = affine(b_x_hat, p_weight, p_bias, o_c, m_c) * (1.0 + b_scale) + b_shift
     # [BLOCK_N, BLOCK_C]
     p_tile = p_y + (i_b * N + o_n)[:, None] * C + o_c[None, :]
@@ -121,17 +122,18 @@ def _adaln_modulate_bwd_kernel(
     first = i_split * rows_per_split
     last = tl.minimum(first + rows_per_split, N)
     if p_sum is not None:
-        b_sum = tl.zeros([BLOCK_C], tl.float32)
-        b_sum_x_hat = tl.zeros([BLOCK_C], tl.float32)
+        b_sum = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        b_sum_x_hat = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
 
     for i_n in range(first, last, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
-        m_rows = (o_n < last)[:, None] & m_c[None, :]
+        m_n = o_n < last
+        m_rows = m_n[:, None] & m_c[None, :]
         # [BLOCK_N, BLOCK_C]
         o_out = (i_b * N + o_n)[:, None] * C + o_c[None, :]
         b_x = load_rows(p_x, i_b, o_n, o_c, stride_xb, stride_xn, m_rows)
         b_dy = load_rows(p_dy, i_b, o_n, o_c, stride_yb, stride_yn, m_rows)
-        b_x_hat, b_rstd = normalise(b_x, m_c, C, eps, RMS)
+        b_x_hat, b_rstd = normalise(b_x, m_n, m_c, C, eps, RMS)
         store_modulation_gradients(
             b_dy, b_x_hat, p_dshift, p_dscale, p_weight, p_bias, o_out, o_c, m_rows, m_c
         )
@@ -145,8 +147,8 @@ def _adaln_modulate_bwd_kernel(
             )
         if p_sum is not None:
             b_summand = b_g if PER_TOKEN else b_dy
-            b_sum += tl.sum(b_summand, axis=0)
-            b_sum_x_hat += tl.sum(b_summand * b_x_hat, axis=0)
+            b_sum += b_summand
+            b_sum_x_hat += b_summand * b_x_hat
         if p_dx is not None:
             if p_weight is not None:
                 b_g = b_g * load_channels(p_weight, o_c, m_c)
@@ -156,8 +158,8 @@ def _adaln_modulate_bwd_kernel(
     if p_sum is not None:
         # [BLOCK_C]
         o_partial = tl.program_id(0).to(tl.int64) * C + o_c
-        tl.store(p_sum + o_partial, b_sum, mask=m_c)
-        tl.store(p_sum_x_hat + o_partial, b_sum_x_hat, mask=m_c)
+        tl.store(p_sum + o_partial, tl.sum(b_sum, axis=0), mask=m_c)
+        tl.store(p_sum_x_hat + o_partial, tl.sum(b_sum_x_hat, axis=0), mask=m_c)
 
 
 @triton.jit
@@ -204,12 +206,13 @@ def _adaln_modulate_jvp_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    m_rows = (o_n < N)[:, None] & m_c[None, :]
+    m_n = o_n < N
+    m_rows = m_n[:, None] & m_c[None, :]
     # [BLOCK_N, BLOCK_C]
     o_out = (i_b * N + o_n)[:, None] * C + o_c[None, :]
 
     b_x = load_rows(p_x, i_b, o_n, o_c, stride_xb, stride_xn, m_rows)
-    b_x_hat, b_rstd = normalise(b_x, m_c, C, eps, RMS)
+    b_x_hat, b_rstd = normalise(b_x, m_n, m_c, C, eps, RMS)
     b_normal = affine(b_x_hat, p_weight, p_bias, o_c, m_c)
     b_gain = 1.0 + load_modulation(
         p_scale, i_b, o_n, o_c, stride_sb, stride_sn, m_rows, m_c, PER_TOKEN
