@@ -28,7 +28,9 @@ def contiguous_operands(operands: Sequence[Tensor | None]) -> tuple[Any, ...]:
 
 
 def row_strides(tensor: Tensor) -> tuple[int, int]:
-    """Return batch and token stride of [B, N, C]; for [B, C] the token stride is 0."""
+    """Return batch and token stride of [B, N, C]; of [B, C] the latter is 0, of [C] both are."""
+    if tensor.ndim == 1:
+        return 0, 0
     return tensor.stride(0), tensor.stride(1) if tensor.ndim == 3 else 0
 
 
@@ -38,8 +40,13 @@ def strides_of(*operands: Tensor | None) -> tuple[int, ...]:
 
 
 def rows(tensor: Tensor) -> Rows:
-    """Describe [B, N, C] or [B, C] for C++, which gets addresses and no tensors."""
+    """Describe [B, N, C], [B, C] or [C] for C++, which gets addresses and no tensors."""
     return tensor.data_ptr(), *row_strides(tensor)
+
+
+def rows_of(operands: Sequence[Tensor | None]) -> tuple[Rows | None, ...]:
+    """Describe operands for C++, None standing for an absent one."""
+    return tuple(None if x is None else rows(x) for x in operands)
 
 
 def address(tensor: Tensor | None) -> int:

@@ -2,6 +2,7 @@
 // Adaptive layer-norm modulation: y = x_hat * (1 + scale) + shift, where x_hat is a row of x with
 // its mean removed, divided by its standard deviation. Tokens are [B, N, C]; a modulation has one
 // row per sample [B, C] or per token [B, N, C]. The last dimension of every operand is contiguous.
+// What is declared here is the CUDA part; common/modulated_norm.h has the CPU's.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -29,8 +30,8 @@ struct ForwardParams {
 };
 
 // A gradient that is not wanted is nullptr; dshift and dscale come together. Per token they have
-// the dtype of scale. Per sample the CPU writes sums [B, C] in the dtype of scale, CUDA writes
-// float32 partial sums [B, n_splits, C] of rows_per_split rows each.
+// the dtype of scale, per sample they are float32 partial sums [B, n_splits, C] of rows_per_split
+// rows each.
 struct BackwardParams {
   Shape shape;
   Rows dy, x, scale;
@@ -51,19 +52,14 @@ struct Dtypes {
   std::string x, modulation;
 };
 
-void fwd_cpu(const ForwardParams& p, const Dtypes& dtypes, int threads);
-void bwd_cpu(const BackwardParams& p, const Dtypes& dtypes, int threads);
-void jvp_cpu(const JvpParams& p, const Dtypes& dtypes, int threads);
-
-#if defined(DISCA_WITH_CUDA)
 // `stream` is a cudaStream_t; the current device must be the one that holds the operands.
 void fwd_cuda(const ForwardParams& p, const Dtypes& dtypes, std::uintptr_t stream);
 void bwd_cuda(const BackwardParams& p, const Dtypes& dtypes, std::uintptr_t stream);
 void jvp_cuda(const JvpParams& p, const Dtypes& dtypes, std::uintptr_t stream);
-#endif
 
 }  // namespace adaln_modulate
 
 void register_adaln_modulate(pybind11::module_& m);
+void register_adaln_modulate_cuda(pybind11::module_& m);
 
 }  // namespace disca

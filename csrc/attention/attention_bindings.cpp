@@ -25,13 +25,6 @@ using PyTangents =
 using PyProblem =
     std::tuple<std::array<std::int64_t, 6>, std::int64_t, double, std::string, std::uintptr_t>;
 
-Dtype dtype(const std::string& name) {
-  if (name == "float32") return Dtype::kFloat32;
-  if (name == "bfloat16") return Dtype::kBFloat16;
-  check(name == "float16", "dtype must be float32, bfloat16 or float16, got ", name);
-  return Dtype::kFloat16;
-}
-
 Problem problem(const PyProblem& given) {
   const auto& [sizes, block, scale, name, kv_lengths] = given;
   const auto [B, H, H_kv, n_queries, n_keys, D] = sizes;
@@ -43,7 +36,7 @@ Problem problem(const PyProblem& given) {
   check(block >= 0, "block must not be negative, got ", block);
   return {B,     H,     H_kv,  n_queries,
           n_keys, D,    block, scale,
-          dtype(name), reinterpret_cast<const std::int64_t*>(kv_lengths)};
+          parse_dtype(name), reinterpret_cast<const std::int64_t*>(kv_lengths)};
 }
 
 // Strides are trusted; an address that is missing where there is something to read is not.

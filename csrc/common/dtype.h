@@ -86,6 +86,18 @@ DISCA_CONVERSION Float16 from_float<Float16>(float value) {
 
 enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
+inline Dtype parse_dtype(const std::string& name) {
+  if (name == "float32") return Dtype::kFloat32;
+  if (name == "bfloat16") return Dtype::kBFloat16;
+  check(name == "float16", "dtype must be float32, bfloat16 or float16, got ", name);
+  return Dtype::kFloat16;
+}
+
+inline const char* name_of(Dtype dtype) {
+  if (dtype == Dtype::kFloat32) return "float32";
+  return dtype == Dtype::kBFloat16 ? "bfloat16" : "float16";
+}
+
 template <typename T>
 struct TypeTag {
   using type = T;

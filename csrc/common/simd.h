@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vectors of floats as wide as the instruction set that the including file is compiled for, in
 // GCC's and Clang's vector extensions. Such a file is compiled once for each instruction set, with
-// DISCA_ISA as the name of its namespace. Everything here has internal linkage: the linker keeps one
-// copy of a shared inline function, which might be one for a newer processor.
+// DISCA_ISA as the name of its namespace. Everything here has internal linkage: the linker keeps
+// one copy of a shared inline function, which might be one for a newer processor.
 #pragma once
 
 #include <cstddef>
@@ -56,6 +56,17 @@ DISCA_ALWAYS_INLINE Vec broadcast(float x) { return x - Vec{}; }
 DISCA_ALWAYS_INLINE Vec load(const float* p) {
   Vec v;
   __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// v rounded to float: the compiler must not fuse the product that v is into a sum. So that what is
+// equal stays equal where it is subtracted, as the one element of a row and their mean.
+DISCA_ALWAYS_INLINE Vec settled(Vec v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
+#endif
   return v;
 }
 
@@ -226,7 +237,9 @@ DISCA_ALWAYS_INLINE void sweep(std::int64_t n, const Step& step) {
   for (; i + kVec <= n; i += kVec) step(i, Whole{}, 0);
   if (i < n) step(i, Rest{n - i}, 0);
 }
-#define DISCA_STEP [&](std::int64_t i, auto part, int slot) __attribute__((always_inline))
+#define DISCA_STEP                                                                  \
+  [&](std::int64_t i, [[maybe_unused]] auto part, [[maybe_unused]] int slot) \
+      __attribute__((always_inline))
 
 }  // namespace
 }  // namespace DISCA_ISA

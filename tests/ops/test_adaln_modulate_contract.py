@@ -10,7 +10,6 @@ from torch import Tensor
 from disca_kernels import (
     Backend,
     BackendError,
-    _ext,
     adaln_modulate,
     adaln_modulate_jvp,
     use_backend,
@@ -191,38 +190,3 @@ def test_can_be_overridden_by_a_tensor_type():
     assert (first, second) == (adaln_modulate, adaln_modulate_jvp)
     assert kwargs == {"norm": "layer", "eps": 1e-3, "backend": "auto"}
     assert other == {"norm": "rms", "eps": 1e-6, "backend": "auto"}
-
-
-ROWS = (64, 8, 8)
-NATIVE = {
-    **{"shape": (1, 2, 8, False), "eps": 1e-6, "dtypes": ("float32", "float32")},
-    **{"x": ROWS, "shift": ROWS, "scale": ROWS, "y": 64, "threads": 1},
-}
-
-
-@pytest.mark.skipif(_ext.why_not() is not None, reason="disca_kernels._C was not built")
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": (0, 8, 8)}, "x has address 0 for 2 rows"),
-        ({"scale": (0, 8, 8)}, "scale has address 0 for 2 rows"),
-        ({"y": 0}, "y has address 0 for 2 rows"),
-        ({"shape": (1, -2, 8, False)}, r"shape must be .*got \[1, -2, 8\]"),
-        ({"shape": (1, 2, 0, False)}, r"C > 0\], got \[1, 2, 0\]"),
-        ({"dtypes": ("int8", "int8")}, "got int8"),
-        (
-            {"dtypes": ("bfloat16", "float16")},
-            "modulation dtype must be bfloat16 or float32, got float16",
-        ),
-    ],
-)
-def test_native_code_checks_what_it_would_read(change, message):
-    with pytest.raises(ValueError, match=message):
-        _ext.load().adaln_modulate_fwd_cpu(**(NATIVE | change))
-
-
-@pytest.mark.skipif(_ext.why_not() is not None, reason="disca_kernels._C was not built")
-def test_native_gradients_of_a_modulation_come_together():
-    operands = {k: v for k, v in NATIVE.items() if k not in ("shift", "y")} | {"dy": ROWS}
-    with pytest.raises(ValueError, match="come together, got addresses 64 and 0"):
-        _ext.load().adaln_modulate_bwd_cpu(**operands, dx=0, dshift=64, dscale=0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launchers of the C++ CPU kernels of adaptive layer-norm modulation."""
+"""Launchers of the C++ CPU kernels of adaptive norm modulation."""
 
 from typing import Any
 
@@ -7,38 +7,32 @@ import torch
 from torch import Tensor
 
 from disca_kernels import _ext
-from disca_kernels.operands import address, contiguous_operands, dtype_name, rows
+from disca_kernels.operands import address, contiguous_operands, dtype_name, rows, rows_of
 
 Operands = tuple[Tensor | None, ...]
 Options = tuple[float, bool]
 
 
-def _plain(operands: Operands, options: Options) -> tuple[Any, ...]:
-    """Return the operands but for weight and bias, with contiguous rows."""
-    *plain, weight, _ = operands
-    if weight is not None or options[1]:
-        raise NotImplementedError("adaln_modulate: the C++ kernels have no weight and no RMS norm")
-    return contiguous_operands(plain)
-
-
-def _shape(x: Tensor, scale: Tensor) -> tuple[int, int, int, bool]:
-    n_batch, n_tokens, n_channels = x.shape
-    return n_batch, n_tokens, n_channels, scale.ndim == 3
+def _call(
+    x: Tensor, scale: Tensor, weight: Tensor | None, options: Options, **rest: Any
+) -> dict[str, Any]:
+    """Return the arguments that every kernel takes."""
+    return {
+        "shape": tuple(x.shape),
+        "norm": options,
+        "dtypes": (dtype_name(x), dtype_name(scale), dtype_name(x if weight is None else weight)),
+        "threads": torch.get_num_threads(),
+        **rest,
+    }
 
 
 def launch_fwd(operands: Operands, options: Options, keep: bool) -> tuple[Tensor]:
-    """Return y [B, N, C] in the dtype of x."""
-    x, shift, scale = _plain(operands, options)
+    """Return (y,), [B, N, C] in the dtype of x."""
+    given = contiguous_operands(operands)
+    x, _, scale, weight, _ = given
     y = torch.empty(x.shape, dtype=x.dtype)
     _ext.load().adaln_modulate_fwd_cpu(
-        shape=_shape(x, scale),
-        eps=options[0],
-        dtypes=(dtype_name(x), dtype_name(scale)),
-        x=rows(x),
-        shift=rows(shift),
-        scale=rows(scale),
-        y=y.data_ptr(),
-        threads=torch.get_num_threads(),
+        **_call(x, scale, weight, options), operands=rows_of(given), y=y.data_ptr()
     )
     return (y,)
 
@@ -48,44 +42,34 @@ def launch_bwd(
 ) -> Operands:
     """Return a gradient for each operand, None where none is needed; the same on any threads."""
     (dy,) = contiguous_operands(cotangents)
-    x, scale = _plain(saved, options)
-    dx = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
-    needs_modulation = needs[1] or needs[2]
-    dshift, dscale = (
-        torch.empty(scale.shape, dtype=scale.dtype) if needs_modulation else None for _ in range(2)
+    given = contiguous_operands(saved)
+    x, scale, weight, bias = given
+    gradients = tuple(
+        torch.empty(model.shape, dtype=model.dtype) if needed else None
+        for model, needed in zip((x, scale, scale, weight, bias), needs, strict=True)
     )
     _ext.load().adaln_modulate_bwd_cpu(
-        shape=_shape(x, scale),
-        eps=options[0],
-        dtypes=(dtype_name(x), dtype_name(scale)),
+        **_call(x, scale, weight, options),
+        per_token=scale.ndim == 3,
         dy=rows(dy),
-        x=rows(x),
-        scale=rows(scale),
-        dx=address(dx),
-        dshift=address(dshift),
-        dscale=address(dscale),
-        threads=torch.get_num_threads(),
+        saved=rows_of(given),
+        gradients=tuple(address(g) for g in gradients),
     )
-    return dx, dshift, dscale, None, None
+    return gradients
 
 
 def launch_jvp(
     primals: Operands, tangents: Operands, options: Options, with_value: bool, keep: bool
 ) -> tuple[tuple[Tensor] | None, tuple[Tensor]]:
     """Return (y,), or None without `with_value`, and (y_dot,), [B, N, C] in the dtype of x."""
-    operands = _plain(primals, options)
-    dots = contiguous_operands(tangents[:3])
-    x, _, scale = operands
+    given, dots = contiguous_operands(primals), contiguous_operands(tangents)
+    x, _, scale, weight, _ = given
     y_dot = torch.empty(x.shape, dtype=x.dtype)
     y = torch.empty(x.shape, dtype=x.dtype) if with_value else None
     _ext.load().adaln_modulate_jvp_cpu(
-        shape=_shape(x, scale),
-        eps=options[0],
-        dtypes=(dtype_name(x), dtype_name(scale)),
-        primals=tuple(rows(t) for t in operands),
-        tangents=tuple(None if t is None else rows(t) for t in dots),
-        y=address(y),
-        y_dot=y_dot.data_ptr(),
-        threads=torch.get_num_threads(),
+        **_call(x, scale, weight, options),
+        primals=rows_of(given),
+        tangents=rows_of(dots),
+        outputs=(address(y), y_dot.data_ptr()),
     )
     return None if y is None else (y,), (y_dot,)
