@@ -82,14 +82,13 @@ def tile(n_channels: int, live_rows: int) -> tuple[int, int, int]:
     return block_n, block_c, min(max(block_n * block_c // per_warp, 1), 16)
 
 
-def rows_per_split(n_batch: int, n_tokens: int, block_n: int, tiles_across: int = 1) -> int:
+def rows_per_split(n_batch: int, n_tokens: int, block_n: int) -> int:
     """Choose how many rows of a sample one program of a backward pass sums up.
 
     Args:
         n_batch: B.
         n_tokens: N.
         block_n: rows of a tile.
-        tiles_across: tiles that share the channels of a row.
     """
-    wanted = triton.cdiv(_BACKWARD_PROGRAMS, max(n_batch, 1) * tiles_across)
+    wanted = triton.cdiv(_BACKWARD_PROGRAMS, max(n_batch, 1))
     return block_n * max(1, triton.cdiv(triton.cdiv(n_tokens, block_n), wanted))

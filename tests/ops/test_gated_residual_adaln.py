@@ -48,6 +48,7 @@ class TestGatedResidualAdaln(Battery):
         GatedResidualAdalnCase(2, 5, 48, gate_per_token=True),
         GatedResidualAdalnCase(2, 18, 129, torch.bfloat16, None, True, True),
         GatedResidualAdalnCase(2, 100, 32, offset=100.0),
+        GatedResidualAdalnCase(1, 2, 4099),
         GatedResidualAdalnCase(2, 300, 130),
     )
 

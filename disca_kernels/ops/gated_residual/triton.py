@@ -15,6 +15,7 @@ from disca_kernels.triton_common.rows import load_modulation, load_rows, rows_pe
 
 prepare_interpreter()
 
+_TILE_ELEMENTS = 2048
 _MAX_BLOCK_C = 1024
 _MAX_BLOCK_N = 32
 
@@ -182,17 +183,13 @@ def _gated_residual_jvp_kernel(
     tl.store(p_out_dot + o_out, b_dot.to(p_out_dot.dtype.element_ty), mask=m_rows)
 
 
-def tile(n_channels: int, elements: int) -> tuple[int, int, int]:
-    """Choose BLOCK_N, BLOCK_C and warps for tiles of about so many elements, 16 a thread."""
+def tile(n_channels: int) -> tuple[int, int, int]:
+    """Choose BLOCK_N, BLOCK_C and warps: 16 elements a thread, few of them beyond the row."""
     block_c = min(max(16, triton.next_power_of_2(n_channels)), _MAX_BLOCK_C)
     while n_channels % block_c and block_c > 256:
         block_c //= 2
-    block_n = min(elements // block_c, _MAX_BLOCK_N)
+    block_n = min(_TILE_ELEMENTS // block_c, _MAX_BLOCK_N)
     return block_n, block_c, max(block_n * block_c // 512, 1)
-
-
-ELEMENTS = {"fwd": 2048, "bwd": 4096, "jvp": 2048}
-"""How many elements a tile has, as `tile` takes them."""
 
 
 def launch_fwd(operands: Operands, options: tuple[()], keep: bool) -> tuple[Tensor]:
@@ -201,7 +198,7 @@ def launch_fwd(operands: Operands, options: tuple[()], keep: bool) -> tuple[Tens
     n_batch, n_tokens, n_channels = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() > 0:
-        block_n, block_c, num_warps = tile(n_channels, ELEMENTS["fwd"])
+        block_n, block_c, num_warps = tile(n_channels)
         n_tiles = triton.cdiv(n_tokens, block_n) * triton.cdiv(n_channels, block_c)
         _gated_residual_fwd_kernel[(n_batch * n_tiles,)](
             x,
@@ -230,10 +227,10 @@ def launch_bwd(
     y, gate = contiguous_operands(saved)
     n_batch, n_tokens, n_channels = dout.shape
     per_token = gate.ndim == 3
-    block_n, block_c, num_warps = tile(n_channels, ELEMENTS["bwd"])
+    block_n, block_c, num_warps = tile(n_channels)
     n_across = triton.cdiv(n_channels, block_c)
     summing = needs[2] and not per_token
-    rows = rows_per_split(n_batch, n_tokens, block_n, n_across) if summing else block_n
+    rows = rows_per_split(n_batch, n_tokens, block_n) if summing else block_n
     n_splits = triton.cdiv(n_tokens, rows)
     _, needs_y, needs_gate = needs
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device) if needs_y else None
@@ -274,7 +271,7 @@ def launch_jvp(
     out_dot = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     out = torch.empty_like(out_dot) if with_value else None
     if out_dot.numel() > 0:
-        block_n, block_c, num_warps = tile(n_channels, ELEMENTS["jvp"])
+        block_n, block_c, num_warps = tile(n_channels)
         n_tiles = triton.cdiv(n_tokens, block_n) * triton.cdiv(n_channels, block_c)
         _gated_residual_jvp_kernel[(n_batch * n_tiles,)](
             *primals,

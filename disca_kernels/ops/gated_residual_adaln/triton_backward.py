@@ -25,11 +25,13 @@ from disca_kernels.triton_common.rows import (
 
 prepare_interpreter()
 
-LIVE_ROWS = 7
-"""Float32 rows that the kernel keeps in registers at once."""
+# Float32 rows that the kernel keeps in registers at once.
+_LIVE_ROWS = 7
 
 Operands = tuple[Tensor | None, ...]
 Options = tuple[float, bool]
+
+_NOTHING = (None,) * 4
 
 
 @triton.jit
@@ -147,6 +149,17 @@ def _gated_residual_adaln_bwd_kernel(
         tl.store(p_sum_gate + o_partial, tl.sum(b_sum_gate, axis=0), mask=m_c)
 
 
+def plan(dtype: torch.dtype, n_channels: int) -> tuple[int, int, int, bool]:
+    """Choose BLOCK_N, BLOCK_C, warps, and whether the modulation's gradients are launched apart.
+
+    The widest float32 rows and all the sums do not fit the registers at once.
+    """
+    block_n, block_c, num_warps = tile(n_channels, _LIVE_ROWS)
+    if dtype == torch.float32 and block_c > 4096:
+        return block_n, block_c, 32, True
+    return block_n, block_c, num_warps, False
+
+
 def launch_bwd(
     cotangents: Operands, saved: Operands, needs: tuple[bool, ...], options: Options
 ) -> Operands:
@@ -159,7 +172,7 @@ def launch_bwd(
     n_batch, n_tokens, n_channels = x_new.shape
     gate_per_token, per_token = gate.ndim == 3, scale.ndim == 3
     needs_x, needs_y, needs_gate, *needs_modulation = needs
-    block_n, block_c, num_warps = tile(n_channels, LIVE_ROWS)
+    block_n, block_c, num_warps, apart = plan(x_new.dtype, n_channels)
     summing = any(needs_modulation[2:] if per_token else needs_modulation)
     summing = summing or (needs_gate and not gate_per_token)
     rows = rows_per_split(n_batch, n_tokens, block_n) if summing else block_n
@@ -178,11 +191,18 @@ def launch_bwd(
     if dh is None:
         # The modulation had no part in the loss.
         buffers = tuple(None if t is None else t.zero_() for t in buffers)
-    if x_new.numel() > 0:
+    of_residual = (dx, dy, dgate, sum_gate)
+    launches = [(*of_residual, *buffers)]
+    if dh is None:
+        launches = [(*of_residual, *_NOTHING)]
+    elif apart:
+        launches = [(*of_residual, *_NOTHING), (*_NOTHING, *buffers)]
+    for outputs in launches:
+        if x_new.numel() == 0 or all(t is None for t in outputs):
+            continue
         _gated_residual_adaln_bwd_kernel[(n_batch * n_splits,)](
             *(dx_new, dh, x_new, y, gate, scale, weight, bias),
-            *(dx, dy, dgate, sum_gate),
-            *(buffers if dh is not None else (None,) * 4),
+            *outputs,
             *(n_tokens, n_channels, options[0], n_splits, rows),
             *strides_of(dx_new, dh, x_new, y, gate, scale),
             GATE_PER_TOKEN=gate_per_token,

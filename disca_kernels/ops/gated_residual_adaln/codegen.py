@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The specialisations of the gated_residual_adaln kernels that are checked without a GPU."""
+
+from typing import NamedTuple
+
+from disca_kernels.testing.codegen import KernelSpec
+
+# The operands of each kernel and the suffixes of their strides.
+_PRIMALS = {
+    **{"x": "xb xn", "y": "yb yn", "gate": "gb gn", "shift": "hb hn", "scale": "sb sn"},
+    **{"weight": "", "bias": ""},
+}
+_SUMS = ("sum_gate", "sum", "sum_x_hat")
+_OPERANDS = {
+    "fwd": {**_PRIMALS, "x_new": "", "h": ""},
+    "bwd": {
+        **{"dx_new": "db dn", "dh": "hb hn", "x_new": "xb xn", "y": "yb yn", "gate": "gb gn"},
+        **{"scale": "sb sn", "weight": "", "bias": ""},
+        **dict.fromkeys(("dx", "dy", "dgate", "dshift", "dscale", *_SUMS), ""),
+    },
+    "jvp": {
+        **_PRIMALS,
+        **{"x_dot": "xdb xdn", "y_dot": "ydb ydn", "gate_dot": "gdb gdn"},
+        **{"shift_dot": "hdb hdn", "scale_dot": "sdb sdn", "weight_dot": "", "bias_dot": ""},
+        **dict.fromkeys(("x_new", "h", "x_new_dot", "h_dot"), ""),
+    },
+}
+
+
+class _Shape(NamedTuple):
+    dtype: str
+    modulation_dtype: str
+    n_channels: int
+    per_token: bool = False
+    affine: bool = False
+    rms: bool = False
+
+    def __str__(self) -> str:
+        kind = "per token" if self.per_token else "per sample"
+        variant = ", affine" * self.affine + ", rms" * self.rms
+        return f"x {self.dtype}, modulation {self.modulation_dtype} {kind}, C={self.n_channels}" + (
+            variant
+        )
+
+
+# A HunyuanVideo block, the width of Wan, float32, and the widest row that is supported.
+_SHAPES = [
+    _Shape("bf16", "bf16", 3072),
+    _Shape("bf16", "fp32", 3072, affine=True),
+    _Shape("bf16", "bf16", 3072, affine=True, rms=True),
+    _Shape("bf16", "bf16", 5120),
+    _Shape("fp32", "fp32", 4096, affine=True),
+    _Shape("fp32", "fp32", 8192),
+    _Shape("bf16", "fp32", 8192, per_token=True),
+]
+_OF_RESIDUAL = frozenset({"dx", "dy", "dgate", "sum_gate"})
+_OF_MODULATION = frozenset({"dshift", "dscale", "sum", "sum_x_hat"})
+
+
+def _absent(mode: str, shape: _Shape) -> set[str]:
+    """Name the pointers that are None."""
+    absent = {"bias", "bias_dot"} if shape.rms or not shape.affine else set()
+    if not shape.affine:
+        absent |= {"weight", "weight_dot"}
+    if mode == "bwd":
+        absent |= {"sum_gate"} if shape.per_token else {"dgate", "dshift", "dscale"}
+        absent |= {"sum", "sum_x_hat"} if shape.per_token and not shape.affine else set()
+    return absent
+
+
+def _spec(mode: str, shape: _Shape, unwanted: frozenset[str] = frozenset()) -> KernelSpec:
+    """Return one kernel as its launcher calls it, but for some outputs."""
+    from disca_kernels.ops.gated_residual_adaln.triton import LIVE_ROWS
+    from disca_kernels.triton_common.rows import tile
+
+    def dtype_of(name: str) -> str:
+        if name in _SUMS:
+            return "fp32"
+        tokens = name.removeprefix("d").startswith(("x", "y", "h"))
+        return shape.dtype if tokens else shape.modulation_dtype
+
+    operands, absent = _OPERANDS[mode], _absent(mode, shape) | unwanted
+    pointers = {f"p_{n}": f"*{dtype_of(n)}" for n in operands if n not in absent}
+    strides = {f"stride_{s}": "i32" for suffixes in operands.values() for s in suffixes.split()}
+    sizes = {"N": "i32", "C": "i32", "eps": "fp32"}
+    if mode == "bwd":
+        sizes |= {"n_splits": "i32", "rows_per_split": "i32"}
+        block_n, block_c, num_warps, _ = _plan(shape)
+    else:
+        block_n, block_c, num_warps = tile(shape.n_channels, LIVE_ROWS[mode])
+    room = "triton_backward" if mode == "bwd" else "triton"
+    blocks = {"BLOCK_N": block_n, "BLOCK_C": block_c}
+    return KernelSpec(
+        kernel=f"disca_kernels.ops.gated_residual_adaln.{room}:_gated_residual_adaln_{mode}_kernel",
+        signature={**pointers, **strides, **sizes},
+        constexprs={
+            **{f"p_{name}": None for name in operands if name in absent},
+            **{"GATE_PER_TOKEN": shape.per_token, "PER_TOKEN": shape.per_token},
+            **{"RMS": shape.rms, **blocks},
+        },
+        divisible=(*pointers, *strides, "C"),
+        num_warps=num_warps,
+        label=str(shape),
+    )
+
+
+def _plan(shape: _Shape) -> tuple[int, int, int, bool]:
+    """Return how the backward pass is launched."""
+    import torch
+
+    from disca_kernels.ops.gated_residual_adaln.triton_backward import plan
+
+    dtype = torch.float32 if shape.dtype == "fp32" else torch.bfloat16
+    return plan(dtype, shape.n_channels)
+
+
+def _backward(shape: _Shape) -> list[KernelSpec]:
+    """Return the launches of the backward pass."""
+    if _plan(shape)[-1]:
+        return [_spec("bwd", shape, part) for part in (_OF_RESIDUAL, _OF_MODULATION)]
+    return [_spec("bwd", shape)]
+
+
+def specs(arch: int) -> list[KernelSpec]:
+    """Return what is checked for one compute capability (times ten)."""
+    forward = [_spec(mode, shape) for mode in ("fwd", "jvp") for shape in _SHAPES]
+    return forward + [spec for shape in _SHAPES for spec in _backward(shape)]
