@@ -8,6 +8,7 @@
 #include "attention/attention.h"
 #include "attention/attention_cuda_bindings.h"
 #include "common/checks.h"
+#include "qk_norm_rope/qk_norm_rope.h"
 
 namespace py = pybind11;
 
@@ -55,4 +56,5 @@ PYBIND11_MODULE(_C, m) {
   disca::register_adaln_modulate(m);
   disca::register_attention(m);
   disca::register_attention_cuda(m);
+  disca::register_qk_norm_rope(m);
 }

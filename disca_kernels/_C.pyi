@@ -132,3 +132,34 @@ def attention_jvp_cuda(
     lse_dot: int,
     stream: int,
 ) -> None: ...
+
+# Of qk_norm_rope pairs are of queries and keys, or of cosines and sines, addresses of float32, 0 for
+# what is absent; an output or cotangent is (address, strides of batch, heads and tokens).
+_Pair = tuple[int, int]
+_Heads = list[tuple[int, ...] | None]
+
+def qk_norm_rope_fwd_cpu(
+    shape: tuple[int, int, int, int, int, bool],  # B, N, H, D, rope_tokens, interleaved
+    eps: float,
+    dtype: str,
+    qkv: _Rows,
+    qkv_dot: _Rows | None,
+    weights: _Pair,
+    weight_dots: _Pair,
+    tables: _Pair,
+    values: _Heads,
+    tangents: _Heads,
+    threads: int,
+) -> None: ...
+def qk_norm_rope_bwd_cpu(
+    shape: tuple[int, int, int, int, int, bool],
+    eps: float,
+    dtype: str,
+    cotangents: _Heads,
+    qkv: _Rows,
+    weights: _Pair,
+    tables: _Pair,
+    dqkv: _Rows | None,
+    dweights: _Pair,
+    threads: int,
+) -> None: ...

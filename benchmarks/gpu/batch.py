@@ -11,6 +11,7 @@ FAILED = 3
 TIERS = {
     "attention": ("first", "second", "third", "fourth"),
     "adaln_modulate": ("second", "third"),
+    "qk_norm_rope": ("second", "third"),
     "timestep_features": ("second", "third"),
 }
 """The operations, and in which tiers of value they have cases; "quick" and "dry" come on top."""
