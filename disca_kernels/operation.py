@@ -80,7 +80,6 @@ class FusedOperation:
         self.unbatched, self.constant = frozenset(unbatched), frozenset(constant)
         self.passthrough, self.keeps = dict(passthrough or {}), keeps
         self._kernels = KernelOperators(self, options)
-        self.run = self._kernels.run
         title = "".join(part.capitalize() for part in name.split("_"))
         self._gradient_function = gradient_function(self, f"{title}GradientFunction")
         of_value = value_function(self, f"{title}Function")
@@ -125,6 +124,10 @@ class FusedOperation:
         keep = self._is_needed_later(primals)
         results = self._apply_dual(*primals, *dots, *options, keep, backend.value)
         return results[: self.outputs], tuple(x.detach() for x in results[-self.outputs :])
+
+    def run(self, form: str, *args: Any) -> list[Tensor]:
+        """Run the kernels of a form: "fwd", "bwd", "dual" or "tangent"."""
+        return self._kernels.run(form, *args)
 
     def by_definition(self, operands: Tensors, options: Options) -> tuple[Tensor, ...]:
         """Compute the outputs by the reference."""
