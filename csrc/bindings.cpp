@@ -8,6 +8,8 @@
 #include "attention/attention.h"
 #include "attention/attention_cuda_bindings.h"
 #include "common/checks.h"
+#include "gated_residual/gated_residual.h"
+#include "gated_residual_adaln/gated_residual_adaln.h"
 #include "qk_norm_rope/qk_norm_rope.h"
 
 namespace py = pybind11;
@@ -55,6 +57,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this binary was built from and for.");
   disca::register_adaln_modulate(m);
   disca::register_attention(m);
+  disca::register_gated_residual(m);
+  disca::register_gated_residual_adaln(m);
   disca::register_attention_cuda(m);
   disca::register_qk_norm_rope(m);
 }

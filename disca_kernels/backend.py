@@ -42,8 +42,8 @@ class BackendError(RuntimeError):
 IMPLEMENTATIONS: dict[str, tuple[Backend, ...]] = {
     "adaln_modulate": (Backend.TRITON, Backend.CUDA, Backend.CPU, Backend.EAGER),
     "attention": (Backend.TRITON, Backend.CUDA, Backend.CPU, Backend.EAGER),
-    "gated_residual": (Backend.TRITON, Backend.EAGER),
-    "gated_residual_adaln": (Backend.TRITON, Backend.EAGER),
+    "gated_residual": (Backend.TRITON, Backend.CPU, Backend.EAGER),
+    "gated_residual_adaln": (Backend.TRITON, Backend.CPU, Backend.EAGER),
     "qk_norm_rope": (Backend.TRITON, Backend.CPU, Backend.EAGER),
     "timestep_features": (Backend.TRITON, Backend.EAGER),
 }

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// What adaln_modulate and gated_residual_adaln have in common: rows are normalised and modulated,
+// What adaln_modulate, gated_residual and gated_residual_adaln have in common: a gated update of a
+// row, and a row normalised and modulated,
 //
-//     h = (x_hat * weight + bias) * (1 + scale) + shift,   x_hat = norm(x_new),
+//     x_new = x + gate * y
+//     h = (x_hat * weight + bias) * (1 + scale) + shift,   x_hat = norm(x_new)
 //
-// where x_new is an operand x, or x + gate * y rounded to the dtype of x. A norm subtracts the mean
-// and divides by the standard deviation, or (rms) divides by the root of the mean square.
+// alone or one after the other, where h is that of x_new as it is rounded to its dtype. A norm
+// subtracts the mean and divides by the standard deviation, or (rms) divides by the root of the
+// mean square.
 //
 // The kernels are compiled once for each instruction set (modulated_norm_variant.h); this
 // header, which they include, holds plain data only.
@@ -34,8 +37,9 @@ struct Problem {
   bool rms;
 };
 
-// Value and tangent. Without y, x is x_new. An absent tangent is zero. Outputs are contiguous
-// [B, N, C]; one that is not wanted is nullptr.
+// Values and, where there is room for them, tangents. Without gate and y, x is x_new; without scale
+// and shift there is no h. An absent tangent is zero. Outputs are contiguous [B, N, C]; one that is
+// not wanted is nullptr.
 struct Forward {
   Problem problem;
   Operand x, y, gate, shift, scale, weight, bias;

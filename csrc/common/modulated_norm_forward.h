@@ -36,8 +36,9 @@ inline void coefficients(const Forward& p, std::int64_t b, std::int64_t n,
 // Which tangents there are.
 enum Dot { kNone, kOfModulation, kOfTokens };
 
-// Stores x_new and, as floats and as it is returned, its tangent; gives the mean of x_new.
-template <typename X, Dot kDot>
+// Stores x_new and its tangent as it is returned. For a norm (kNorm) the tangent is stored as
+// floats too, and the mean of x_new is returned.
+template <typename X, Dot kDot, bool kNorm>
 inline float gated_row(const Forward& p, std::int64_t b, std::int64_t n, const ScratchRows& rows,
                        X* x_new, X* x_new_dot, float* wide_dot) {
   const std::int64_t C = p.problem.n_channels;
@@ -48,19 +49,21 @@ inline float gated_row(const Forward& p, std::int64_t b, std::int64_t n, const S
   Vec sums[2] = {};
   sweep<2>(C, DISCA_STEP {
     const Vec g = load(gate + i), update = load(y + i, part);
-    const Vec value = rounded(load(x + i, part) + g * update, X{});
-    store(x_new + i, value, part);
-    sums[slot] += present(value, part);
+    if (kNorm || x_new != nullptr) {
+      const Vec value = rounded(load(x + i, part) + g * update, X{});
+      store(x_new + i, value, part);
+      if (kNorm) sums[slot] += present(value, part);
+    }
     if (kDot == kOfTokens) {
       Vec dot = {};
       if (x_dot != nullptr) dot = load(x_dot + i, part);
       if (y_dot != nullptr) dot += g * load(y_dot + i, part);
       if (has_gate_dot) dot += load(gate_dot + i) * update;
-      if (!kIsFloat<X>) store(wide_dot + i, dot);
+      if (kNorm && !kIsFloat<X>) store(wide_dot + i, dot);
       store(x_new_dot + i, dot, part);
     }
+    if (kDot == kOfModulation) store(x_new_dot + i, Vec{}, part);
   });
-  if (kDot == kOfModulation) sweep<1>(C, DISCA_STEP { store(x_new_dot + i, Vec{}, part); });
   return total(sums) / static_cast<float>(C);
 }
 
@@ -84,53 +87,65 @@ DISCA_ALWAYS_INLINE void forward_row(const Problem& p, const X* x, const V* x_do
   });
 }
 
-template <typename X, bool kGated, Dot kDot>
+// What the rows of a task are put through.
+enum Path { kNormOnly, kGateOnly, kGateAndNorm };
+
+template <typename X, Path kPath, Dot kDot>
 void forward_rows(const Forward& p, std::int64_t b, std::int64_t first, std::int64_t last,
                   float* scratch) {
-  const std::int64_t C = p.problem.n_channels;
+  const Problem& problem = p.problem;
+  const std::int64_t C = problem.n_channels;
   const ScratchRows rows(scratch, C);
   const bool fixed = same_for_all_tokens(p.shift) && same_for_all_tokens(p.scale) &&
                      same_for_all_tokens(p.shift_dot) && same_for_all_tokens(p.scale_dot);
   const bool fixed_gate = same_for_all_tokens(p.gate) && same_for_all_tokens(p.gate_dot);
   for (std::int64_t n = first; n < last; ++n) {
-    const std::int64_t i = b * p.problem.n_tokens + n;
-    if (n == first || !fixed) coefficients<X, kDot != kNone>(p, b, n, rows);
-    X *h = row_of<X>(p.h, i, C), *h_dot = row_of<X>(p.h_dot, i, C);
-    if (!kGated) {
-      const X* x = row_of<X>(p.x, b, n);
-      forward_row<X, X, kDot>(p.problem, x, row_of<X>(p.x_dot, b, n),
-                              p.problem.rms ? 0.0f : mean_of(x, C), rows, h, h_dot);
-      continue;
+    const std::int64_t i = b * problem.n_tokens + n;
+    if (kPath != kGateOnly && (n == first || !fixed)) {
+      coefficients<X, kDot != kNone>(p, b, n, rows);
     }
-    if (n == first || !fixed_gate) {
+    if (kPath != kNormOnly && (n == first || !fixed_gate)) {
       widen<X>(p.gate, b, n, C, rows[kGate]);
       widen<X>(p.gate_dot, b, n, C, rows[kGateDot]);
     }
-    X* x_new = p.x_new == nullptr ? reinterpret_cast<X*>(rows[kXNew]) : row_of<X>(p.x_new, i, C);
-    X* x_new_dot = row_of<X>(p.x_new_dot, i, C);
-    float* wide_dot = kIsFloat<X> ? reinterpret_cast<float*>(x_new_dot) : rows[kXNewDot];
-    const float mean = gated_row<X, kDot>(p, b, n, rows, x_new, x_new_dot, wide_dot);
-    forward_row<X, float, kDot>(p.problem, x_new, wide_dot, p.problem.rms ? 0.0f : mean, rows, h,
-                                h_dot);
+    X *x_new = row_of<X>(p.x_new, i, C), *x_new_dot = row_of<X>(p.x_new_dot, i, C);
+    X *h = row_of<X>(p.h, i, C), *h_dot = row_of<X>(p.h_dot, i, C);
+    if (kPath == kGateOnly) {
+      gated_row<X, kDot, false>(p, b, n, rows, x_new, x_new_dot, nullptr);
+    } else if (kPath == kNormOnly) {
+      const X* x = row_of<X>(p.x, b, n);
+      const float mean = problem.rms ? 0.0f : mean_of(x, C);
+      forward_row<X, X, kDot>(problem, x, row_of<X>(p.x_dot, b, n), mean, rows, h, h_dot);
+    } else {
+      if (x_new == nullptr) x_new = reinterpret_cast<X*>(rows[kXNew]);
+      // In float32 the tangent as it is returned is the one to go on with.
+      float* const wide_dot =
+          kIsFloat<X> ? reinterpret_cast<float*>(x_new_dot) : rows[kXNewDot];
+      const float mean = gated_row<X, kDot, true>(p, b, n, rows, x_new, x_new_dot, wide_dot);
+      forward_row<X, float, kDot>(problem, x_new, wide_dot, problem.rms ? 0.0f : mean, rows, h,
+                                  h_dot);
+    }
   }
 }
 
-template <typename X, bool kGated>
+template <typename X, Path kPath>
 DISCA_ALWAYS_INLINE void forward_as(const Forward& p, std::int64_t b, std::int64_t first,
                                     std::int64_t last, float* scratch) {
   const bool moving = p.x_dot.data != nullptr || p.y_dot.data != nullptr ||
                       p.gate_dot.data != nullptr;
-  if (p.h_dot == nullptr) return forward_rows<X, kGated, kNone>(p, b, first, last, scratch);
-  if (!moving) return forward_rows<X, kGated, kOfModulation>(p, b, first, last, scratch);
-  forward_rows<X, kGated, kOfTokens>(p, b, first, last, scratch);
+  const void* const dot = kPath == kGateOnly ? p.x_new_dot : p.h_dot;
+  if (dot == nullptr) return forward_rows<X, kPath, kNone>(p, b, first, last, scratch);
+  if (!moving) return forward_rows<X, kPath, kOfModulation>(p, b, first, last, scratch);
+  forward_rows<X, kPath, kOfTokens>(p, b, first, last, scratch);
 }
 
 void forward(const Forward& p, std::int64_t b, std::int64_t first, std::int64_t last,
              float* scratch) {
   with_type(p.problem.dtype, [&](auto tag) {
     using X = decltype(tag);
-    p.y.data == nullptr ? forward_as<X, false>(p, b, first, last, scratch)
-                        : forward_as<X, true>(p, b, first, last, scratch);
+    if (p.gate.data == nullptr) return forward_as<X, kNormOnly>(p, b, first, last, scratch);
+    if (p.scale.data == nullptr) return forward_as<X, kGateOnly>(p, b, first, last, scratch);
+    forward_as<X, kGateAndNorm>(p, b, first, last, scratch);
   });
 }
 

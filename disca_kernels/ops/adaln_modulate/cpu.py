@@ -13,16 +13,13 @@ Operands = tuple[Tensor | None, ...]
 Options = tuple[float, bool]
 
 
-def _call(
-    x: Tensor, scale: Tensor, weight: Tensor | None, options: Options, **rest: Any
-) -> dict[str, Any]:
+def _call(x: Tensor, scale: Tensor, weight: Tensor | None, options: Options) -> dict[str, Any]:
     """Return the arguments that every kernel takes."""
     return {
         "shape": tuple(x.shape),
         "norm": options,
         "dtypes": (dtype_name(x), dtype_name(scale), dtype_name(x if weight is None else weight)),
         "threads": torch.get_num_threads(),
-        **rest,
     }
 
 
