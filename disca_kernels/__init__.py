@@ -14,7 +14,10 @@ from disca_kernels.ops.gated_residual_adaln import (
     gated_residual_adaln,
     gated_residual_adaln_jvp,
 )
+from disca_kernels.ops.gelu_tanh import gelu_tanh, gelu_tanh_jvp
+from disca_kernels.ops.mean_velocity_step import mean_velocity_step, mean_velocity_step_jvp
 from disca_kernels.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_jvp
+from disca_kernels.ops.swiglu import swiglu, swiglu_jvp
 from disca_kernels.ops.timestep_features import timestep_features, timestep_features_jvp
 
 __all__ = [
@@ -30,9 +33,15 @@ __all__ = [
     "gated_residual_adaln",
     "gated_residual_adaln_jvp",
     "gated_residual_jvp",
+    "gelu_tanh",
+    "gelu_tanh_jvp",
+    "mean_velocity_step",
+    "mean_velocity_step_jvp",
     "qk_norm_rope",
     "qk_norm_rope_jvp",
     "resolve",
+    "swiglu",
+    "swiglu_jvp",
     "timestep_features",
     "timestep_features_jvp",
     "use_backend",

@@ -16,7 +16,10 @@ from disca_kernels.ops.gated_residual_adaln import (
     gated_residual_adaln,
     gated_residual_adaln_jvp,
 )
+from disca_kernels.ops.gelu_tanh import gelu_tanh, gelu_tanh_jvp
+from disca_kernels.ops.mean_velocity_step import mean_velocity_step, mean_velocity_step_jvp
 from disca_kernels.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_jvp
+from disca_kernels.ops.swiglu import swiglu, swiglu_jvp
 from disca_kernels.ops.timestep_features import timestep_features, timestep_features_jvp
 
 
@@ -40,6 +43,9 @@ _register(
 )
 _register(gated_residual, gated_residual_jvp, "x y gate")
 _register(gated_residual_adaln, gated_residual_adaln_jvp, "x y gate shift scale weight bias")
+_register(gelu_tanh, gelu_tanh_jvp, "x bias prefix")
+_register(swiglu, swiglu_jvp, "x bias")
+_register(mean_velocity_step, mean_velocity_step_jvp, "x u t r")
 
 
 @rule(timestep_features, fused=True)
