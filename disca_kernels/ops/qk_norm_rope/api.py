@@ -90,9 +90,15 @@ def qk_norm_rope(
         *(context_qkv, context_q_weight, context_k_weight),
     )
     if has_torch_function(operands):
-        options = {"heads": heads, "rope_tokens": rope_tokens, "interleaved": interleaved}
         result: Triple = handle_torch_function(
-            qk_norm_rope, operands, *operands, **options, eps=eps, backend=backend
+            qk_norm_rope,
+            operands,
+            *operands,
+            heads=heads,
+            rope_tokens=rope_tokens,
+            interleaved=interleaved,
+            eps=eps,
+            backend=backend,
         )
         return result
     _check_primals(operands, heads, rope_tokens)
@@ -141,10 +147,17 @@ def qk_norm_rope_jvp(
     """
     operands, dots = check_operands(_OP, ", ".join(_NAMES), primals, tangents, optional=3)
     relevant = (*operands, *dots)
-    options = {"heads": heads, "rope_tokens": rope_tokens, "interleaved": interleaved}
     if has_torch_function(relevant):
         pair: tuple[Triple, Triple] = handle_torch_function(
-            qk_norm_rope_jvp, relevant, primals, tangents, **options, eps=eps, backend=backend
+            qk_norm_rope_jvp,
+            relevant,
+            primals,
+            tangents,
+            heads=heads,
+            rope_tokens=rope_tokens,
+            interleaved=interleaved,
+            eps=eps,
+            backend=backend,
         )
         return pair
     _check_primals(operands, heads, rope_tokens)

@@ -148,13 +148,13 @@ def qk_norm_rope_in_dtype(
     In bfloat16 it rounds after the norm, after the rotation and, where the weight is not wider, in
     between. Heads come before tokens without a copy.
     """
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
+    q, k, v = torch.unflatten(qkv, -1, (3, heads, -1)).unbind(2)
     q, k = (
         _turned_in_float32(_normal(x, weight, eps), cos, sin, interleaved)
         for x, weight in ((q, q_weight), (k, k_weight))
     )
     if context_qkv is not None:
-        context_q, context_k, context_v = context_qkv.unflatten(-1, (3, heads, -1)).unbind(2)
+        context_q, context_k, context_v = torch.unflatten(context_qkv, -1, (3, heads, -1)).unbind(2)
         q = torch.cat((q, _normal(context_q, context_q_weight, eps)), 1)
         k = torch.cat((k, _normal(context_k, context_k_weight, eps)), 1)
         v = torch.cat((v, context_v), 1)
@@ -172,7 +172,7 @@ def _turned_in_float32(x: Tensor, cos: Operand, sin: Operand, interleaved: bool)
     n = cos.shape[0]
     wide = x[:, :n].to(torch.promote_types(x.dtype, torch.float32))
     cos, sin = (table.to(wide.dtype).unsqueeze(1) for table in (cos, sin))
-    a, b = wide.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else wide.chunk(2, -1)
+    a, b = torch.unflatten(wide, -1, (-1, 2)).unbind(-1) if interleaved else wide.chunk(2, -1)
     pairs = (a * cos - b * sin, a * sin + b * cos)
     turned = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
     return turned.to(x.dtype) if n == x.shape[1] else torch.cat((turned.to(x.dtype), x[:, n:]), 1)

@@ -4,10 +4,9 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from disca_kernels import _ext
-from disca_kernels.operands import address, contiguous_rows, dtype_name, rows
+from disca_kernels.operands import address, contiguous_operands, dtype_name, rows
 from disca_kernels.ops.qk_norm_rope.streams import (
     Operands,
     Stream,
@@ -94,7 +93,7 @@ def launch_bwd(
     cotangents: Operands, saved: Operands, needs: tuple[bool, ...], options: tuple[Any, ...]
 ) -> Operands:
     """Return the gradients that are needed, one per operand; the same bits on any threads."""
-    cotangents = tuple(None if x is None else contiguous_rows(x) for x in cotangents)
+    cotangents = contiguous_operands(cotangents)
     first, *second = streams(saved)
     gradients = _gradients(cotangents, first, needs[:3], options)
     of_context: Operands = (None,) * 3

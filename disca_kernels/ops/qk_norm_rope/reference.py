@@ -95,14 +95,14 @@ def qk_norm_rope_jvp_reference(
     assert qkv is not None
     _check_rows(cos, rope_tokens)
     options = (heads, interleaved, eps)
-    streams = [((qkv, q_weight, k_weight, cos, sin), (qkv_dot, q_weight_dot, k_weight_dot))]
+    given = (qkv, q_weight, k_weight, cos, sin)
+    values = [_stream(*given, *options)]
+    dots = [_stream_dot(given, (qkv_dot, q_weight_dot, k_weight_dot), *options)]
     if context_qkv is not None:
-        context_q, context_k = context_weights
-        streams.append(
-            ((context_qkv, context_q, context_k, None, None), (context_dot, *context_weight_dots))
-        )
-    values = [_stream(*given, *options) for given, _ in streams]
-    dots = [_stream_dot(given, along, *options) for given, along in streams]
+        context_q_weight, context_k_weight = context_weights
+        given = (context_qkv, context_q_weight, context_k_weight, None, None)
+        values.append(_stream(*given, *options))
+        dots.append(_stream_dot(given, (context_dot, *context_weight_dots), *options))
     return _joined(values, qkv.dtype), _joined(dots, qkv.dtype)
 
 
@@ -163,7 +163,7 @@ def _stream_dot(
 def _unpacked(qkv: Tensor, heads: int) -> Triple:
     """Return wide queries, keys and values [B, N, H, D] of a packed projection."""
     wide = qkv.to(compute_dtype(qkv.dtype))
-    q, k, v = wide.unflatten(-1, (3, heads, wide.shape[-1] // (3 * heads))).unbind(2)
+    q, k, v = torch.unflatten(wide, -1, (3, heads, wide.shape[-1] // (3 * heads))).unbind(2)
     return q, k, v
 
 
@@ -173,7 +173,7 @@ def _rotated(y: Tensor, cos: Operand, sin: Operand, interleaved: bool) -> Tensor
         return y
     first, rest = y[:, : cos.shape[0]], y[:, cos.shape[0] :]
     cos, sin = (table.to(y.dtype).unsqueeze(1) for table in (cos, sin))
-    a, b = first.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else first.chunk(2, -1)
+    a, b = torch.unflatten(first, -1, (-1, 2)).unbind(-1) if interleaved else first.chunk(2, -1)
     pairs = (a * cos - b * sin, a * sin + b * cos)
     turned = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
     return torch.cat((turned, rest), 1)

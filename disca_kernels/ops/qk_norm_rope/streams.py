@@ -6,13 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from disca_kernels.operands import contiguous_rows
+from disca_kernels.operands import contiguous_operands
 
 Operands = tuple[Tensor | None, ...]
 Triple = tuple[Tensor, Tensor, Tensor]
-
-FIELDS = ("qkv", "q_weight", "k_weight", "cos", "sin")
-"""Operands of the first stream; the second has the first three, prefixed with "context_"."""
 
 
 class Stream(NamedTuple):
@@ -41,22 +38,21 @@ class Stream(NamedTuple):
 
 def streams(operands: Operands) -> list[Stream]:
     """Return the streams of a call, their last dimensions contiguous."""
-    qkv, q_weight, k_weight, cos, sin, context_qkv, *context_weights = (
-        None if x is None else contiguous_rows(x) for x in operands
-    )
+    qkv, q_weight, k_weight, cos, sin, *context = contiguous_operands(operands)
+    context_qkv, context_q_weight, context_k_weight = context
     assert qkv is not None
     n_tokens = qkv.shape[1]
     found = [Stream(qkv, q_weight, k_weight, cos, sin, slice(0, n_tokens))]
     if context_qkv is not None:
         tokens = slice(n_tokens, n_tokens + context_qkv.shape[1])
-        found.append(Stream(context_qkv, *context_weights, None, None, tokens))
+        found.append(Stream(context_qkv, context_q_weight, context_k_weight, None, None, tokens))
     return found
 
 
 def tangents_of_streams(tangents: Operands) -> list[Operands]:
     """Return the tangents of qkv, q_weight and k_weight of each stream, the context's last."""
-    rows = [None if x is None else contiguous_rows(x) for x in tangents]
-    return [tuple(rows[:3]), tuple(rows[5:])]
+    rows = contiguous_operands(tangents)
+    return [rows[:3], rows[5:]]
 
 
 def head_dim(qkv: Tensor, heads: int) -> int:

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from disca_kernels.operands import contiguous_rows
+from disca_kernels.operands import contiguous_operands
 from disca_kernels.ops.qk_norm_rope.streams import (
     Operands,
     Stream,
@@ -114,7 +114,7 @@ def launch_bwd(
     cotangents: Operands, saved: Operands, needs: tuple[bool, ...], options: tuple[Any, ...]
 ) -> Operands:
     """Return the gradients that are needed, one per operand; sums in a fixed order."""
-    cotangents = tuple(None if x is None else contiguous_rows(x) for x in cotangents)
+    cotangents = contiguous_operands(cotangents)
     first, *second = streams(saved)
     gradients = _stream_gradients(cotangents, first, needs[:3], options)
     of_context: Operands = (None,) * 3

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from disca_kernels.ops.qk_norm_rope.triton_rows import (
+from disca_kernels.ops.qk_norm_rope.triton_blocks import (
     load_angles,
     load_pairs,
     load_pairs_or_zeros,
