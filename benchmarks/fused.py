@@ -89,7 +89,10 @@ def _call(
     for i in moving:
         given[i] = primals[i].detach().requires_grad_()
     leaves, outputs = [given[i] for i in moving], _several(function(*given))
-    cotangents = [dy.to(y.dtype) for y, dy in zip(outputs, operands.cotangents, strict=True)]
+    # A copy for each call: a gradient may be the cotangent itself, which is no result to compare.
+    cotangents = [
+        dy.to(y.dtype, copy=True) for y, dy in zip(outputs, operands.cotangents, strict=True)
+    ]
     return lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
 
 

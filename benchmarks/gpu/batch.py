@@ -11,6 +11,8 @@ FAILED = 3
 TIERS = {
     "attention": ("first", "second", "third", "fourth"),
     "adaln_modulate": ("second", "third"),
+    "gated_residual": ("second", "third"),
+    "gated_residual_adaln": ("second", "third"),
     "qk_norm_rope": ("second", "third"),
     "timestep_features": ("second", "third"),
 }

@@ -2,9 +2,23 @@
 """The operations that are measured; a new one is a module with `OP` and a line here."""
 
 from benchmarks.gpu.model import Op
-from benchmarks.gpu.ops import adaln_modulate, attention, qk_norm_rope, timestep_features
+from benchmarks.gpu.ops import (
+    adaln_modulate,
+    attention,
+    gated_residual,
+    gated_residual_adaln,
+    qk_norm_rope,
+    timestep_features,
+)
 
 OPS: dict[str, Op] = {
     module.OP.name: module.OP
-    for module in (attention, adaln_modulate, qk_norm_rope, timestep_features)
+    for module in (
+        attention,
+        adaln_modulate,
+        gated_residual,
+        gated_residual_adaln,
+        qk_norm_rope,
+        timestep_features,
+    )
 }
