@@ -13,9 +13,10 @@ import triton.language as tl
 
 from disca_kernels.ops.attention import triton as launchers
 from disca_kernels.ops.attention import triton_tangent
-from disca_kernels.ops.attention.layout import descriptor_strides, rows
+from disca_kernels.ops.attention.layout import rows
 from disca_kernels.ops.attention.reference import attention_jvp_reference, attention_reference
-from disca_kernels.ops.attention.tiles import capability, has_descriptors, tiles_for
+from disca_kernels.ops.attention.tiles import tiles_for
+from disca_kernels.triton_common.descriptors import capability, descriptor_strides, has_descriptors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -4,8 +4,9 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from disca_kernels.ops.attention.tiles import Tile, has_descriptors, padded_dim, tiles_for
+from disca_kernels.ops.attention.tiles import Tile, padded_dim, tiles_for
 from disca_kernels.testing.codegen import KernelSpec
+from disca_kernels.triton_common.descriptors import has_descriptors
 
 _ROOM = "disca_kernels.ops.attention"
 _PRIMALS, _TANGENTS = ("q", "k", "v"), ("q_dot", "k_dot", "v_dot")

@@ -18,7 +18,8 @@ from torch import Tensor
 from disca_kernels import _ext
 from disca_kernels.backend import BackendError
 from disca_kernels.operands import address, dtype_name
-from disca_kernels.ops.attention.layout import dense, descriptor_strides
+from disca_kernels.ops.attention.layout import dense
+from disca_kernels.triton_common.descriptors import descriptor_strides
 
 HEAD_DIM = 128
 DTYPES = (torch.bfloat16, torch.float16)

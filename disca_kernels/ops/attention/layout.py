@@ -34,20 +34,3 @@ def dense(x: Tensor | None) -> Tensor | None:
 def strides(*tensors: Tensor) -> tuple[int, ...]:
     """Return the strides of the first three dimensions of each tensor of [B, H, N, D]."""
     return tuple(stride for x in tensors for stride in x.stride()[:3])
-
-
-def descriptor_strides(x: Tensor) -> list[int] | None:
-    """Return strides by which a tensor descriptor can reach all of `x`, or None if none can.
-
-    The hardware wants a base and strides that are multiples of 16 bytes. A dimension of size 1 is
-    never stepped along, so that its stride may be anything. A repeated (expanded) dimension is
-    left to pointers.
-    """
-    unit = 16 // x.element_size()
-    if x.numel() == 0 or x.data_ptr() % 16 or (x.stride(-1) != 1 and x.shape[-1] > 1):
-        return None
-    outer = zip(x.stride()[:3], x.shape[:3], strict=True)
-    found = [stride if size > 1 else unit * -(-x.shape[-1] // unit) for stride, size in outer]
-    if any(stride % unit or stride == 0 for stride in found):
-        return None
-    return [*found, 1]

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tile sizes of the attention kernels."""
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
+
+from disca_kernels.triton_common.descriptors import capability
 
 
 class Tile(NamedTuple):
@@ -131,14 +132,6 @@ def padded_dim(head_dim: int) -> int:
     return max(1 << (head_dim - 1).bit_length(), 16)
 
 
-def has_descriptors(capability: int, itemsize: int) -> bool:
-    """Whether the kernels take tensor descriptors on a device for elements of this size.
-
-    On 12.x, and wherever float32 is multiplied without matrix units, pointers leave more registers.
-    """
-    return 90 <= capability < 120 and itemsize <= 2
-
-
 def tiles_for(capability: int, head_dim: int, itemsize: int, descriptors: bool) -> Tiles:
     """Return the tiles of a device.
 
@@ -152,17 +145,6 @@ def tiles_for(capability: int, head_dim: int, itemsize: int, descriptors: bool) 
     # 12.x multiplies with single warps and has less shared memory, as 8.x does.
     order = [arch for arch in (100, 90) if descriptors and arch <= capability] + [80]
     return next(_TILES[arch, size, dim] for arch in order if (arch, size, dim) in _TILES)
-
-
-@cache
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def capability(device: torch.device) -> int:
-    """Return the compute capability of `device` times ten; the interpreter, on a CPU, is 9.0."""
-    return _capability(device) if device.type == "cuda" else 90
 
 
 def tiles(device: torch.device, head_dim: int, itemsize: int, descriptors: bool) -> Tiles:

@@ -13,14 +13,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from disca_kernels.ops.attention.layout import dense, descriptor_strides, paired, rows, strides
-from disca_kernels.ops.attention.tiles import (
-    Tile,
-    capability,
-    has_descriptors,
-    padded_dim,
-    tiles,
-)
+from disca_kernels.ops.attention.layout import dense, paired, rows, strides
+from disca_kernels.ops.attention.tiles import Tile, padded_dim, tiles
 from disca_kernels.ops.attention.triton_backward import (
     _attention_bwd_kernel_dkdv,
     _attention_bwd_kernel_dq,
@@ -29,6 +23,11 @@ from disca_kernels.ops.attention.triton_forward import _attention_fwd_kernel
 from disca_kernels.ops.attention.triton_jvp import _attention_jvp_kernel
 from disca_kernels.ops.attention.triton_tangent import _attention_tangent_kernel
 from disca_kernels.testing.interpreter import prepare_interpreter
+from disca_kernels.triton_common.descriptors import (
+    capability,
+    descriptor_strides,
+    has_descriptors,
+)
 
 prepare_interpreter()
 
