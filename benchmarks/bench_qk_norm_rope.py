@@ -21,7 +21,6 @@ else:
         QkNormRopeCase(1, 4096, 8, 128, BF16),
         QkNormRopeCase(1, 4096, 16, 64, BF16),
         QkNormRopeCase(1, 3840, 8, 128, BF16, n_context=256, wide=True),
-        QkNormRopeCase(1, 4096, 16, 64, BF16, interleaved=False),
     ]
 
 
