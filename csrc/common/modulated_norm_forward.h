@@ -50,8 +50,7 @@ inline float gated_row(const Forward& p, std::int64_t b, std::int64_t n, const S
   sweep<2>(C, DISCA_STEP {
     const Vec g = load(gate + i), update = load(y + i, part);
     if (kNorm || x_new != nullptr) {
-      const Vec value = rounded(load(x + i, part) + g * update, X{});
-      store(x_new + i, value, part);
+      const Vec value = store_and_round(x_new + i, load(x + i, part) + g * update, part);
       if (kNorm) sums[slot] += present(value, part);
     }
     if (kDot == kOfTokens) {

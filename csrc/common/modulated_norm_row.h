@@ -69,15 +69,6 @@ DISCA_ALWAYS_INLINE GradientRow<X> gradient_row(void* out, const Operand& like, 
   return {wide ? static_cast<void*>(row_of<float>(out, i, C)) : row_of<X>(out, i, C), wide};
 }
 
-// v as X holds it.
-DISCA_ALWAYS_INLINE Vec rounded(Vec v, float) { return v; }
-template <typename X>
-DISCA_ALWAYS_INLINE Vec rounded(Vec v, X) {
-  X lanes[kVec];
-  store(lanes, v);
-  return load(lanes);
-}
-
 template <typename X>
 constexpr bool kIsFloat = false;
 template <>

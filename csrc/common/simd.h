@@ -146,14 +146,18 @@ DISCA_ALWAYS_INLINE Vec load(const BFloat16* p) {
   return (Vec)(__builtin_convertvector(bits, UintVec) << 16);
 }
 
-// Rounds to nearest, ties to even.
-DISCA_ALWAYS_INLINE void store(BFloat16* p, Vec v) {
+// In the upper half of each lane v as bfloat16, to nearest, ties to even; the lower half is not 0.
+DISCA_ALWAYS_INLINE UintVec bfloat16_bits(Vec v) {
   const UintVec bits = (UintVec)v;
-  const UintVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const UintVec result = v == v ? rounded : (bits >> 16) | 0x7fc0u;
-  const HalfVec narrow = __builtin_convertvector(result, HalfVec);
+  const UintVec rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return v == v ? rounded : bits | 0x7fc00000u;
+}
+
+DISCA_ALWAYS_INLINE void store_upper(BFloat16* p, UintVec bits) {
+  const HalfVec narrow = __builtin_convertvector(bits >> 16, HalfVec);
   __builtin_memcpy(p, &narrow, sizeof narrow);
 }
+DISCA_ALWAYS_INLINE void store(BFloat16* p, Vec v) { store_upper(p, bfloat16_bits(v)); }
 
 #if defined(__AVX512F__)
 DISCA_ALWAYS_INLINE Vec load(const Float16* p) {
@@ -218,6 +222,27 @@ DISCA_ALWAYS_INLINE void store(T* p, Vec v, Rest rest) {
   T lanes[kVec];
   store(lanes, v);
   __builtin_memcpy(p, lanes, static_cast<std::size_t>(rest.n) * sizeof(T));
+}
+
+// Stores v; returns it as it was stored.
+template <typename Part>
+DISCA_ALWAYS_INLINE Vec store_and_round(float* p, Vec v, Part part) {
+  store(p, v, part);
+  return v;
+}
+DISCA_ALWAYS_INLINE Vec store_and_round(BFloat16* p, Vec v, Whole) {
+  const UintVec bits = bfloat16_bits(v);
+  store_upper(p, bits);
+  return (Vec)(bits & 0xffff0000u);
+}
+DISCA_ALWAYS_INLINE Vec store_and_round(BFloat16* p, Vec v, Rest rest) {
+  store(p, v, rest);
+  return (Vec)(bfloat16_bits(v) & 0xffff0000u);
+}
+template <typename Part>
+DISCA_ALWAYS_INLINE Vec store_and_round(Float16* p, Vec v, Part part) {
+  store(p, v, part);
+  return load(p, part);
 }
 
 DISCA_ALWAYS_INLINE Vec present(Vec v, Whole) { return v; }
