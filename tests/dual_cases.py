@@ -15,7 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from disca_kernels import adaln_modulate, attention, timestep_features
+from disca_kernels import (
+    adaln_modulate,
+    attention,
+    gated_residual,
+    gated_residual_adaln,
+    timestep_features,
+)
 
 
 class Var:
@@ -169,7 +175,15 @@ CASES: dict[str, list[Case]] = {
     "stack": [[[X, X, X], 1]],
     **same(("hstack", "vstack", "dstack"), [[[X, X]]]),
     "attention": [[Var(2, 2, 3, 4), Var(2, 2, 5, 4), Var(2, 2, 5, 4)]],
-    "adaln_modulate": [[CUBE, Var(2, 4), Var(2, 4)], ([CUBE, CUBE, CUBE], {"eps": 1e-3})],
+    "adaln_modulate": [
+        [CUBE, Var(2, 4), Var(2, 4)], ([CUBE, CUBE, CUBE], {"eps": 1e-3}),
+        ([CUBE, Var(2, 4), Var(2, 4), Var(4)], {"bias": Var(4)}),
+    ],
+    "gated_residual": [[CUBE, CUBE, Var(2, 4)], [CUBE, torch.ones(2, 3, 4).double(), CUBE]],
+    "gated_residual_adaln": [
+        [CUBE, CUBE, Var(2, 4), Var(2, 4), Var(2, 4)],
+        ([CUBE, CUBE, CUBE, Var(2, 4), Var(2, 4)], {"weight": Var(4), "norm": "rms"}),
+    ],
     "timestep_features": [[Var(3), 8]],
     "scaled_dot_product_attention": [
         [Var(2, 2, 3, 4), Var(2, 2, 5, 4), Var(2, 2, 5, 4)],
@@ -184,7 +198,7 @@ CASES: dict[str, list[Case]] = {
 #: Entered in the table for what they refuse, not for a derivative; test_dual_refusals has them.
 WITHOUT_A_CASE = {"half", "bfloat16", "cuda", "long", "int", "short", "char", "bool", "byte"}
 
-OURS = (attention, adaln_modulate, timestep_features)
+OURS = (attention, adaln_modulate, gated_residual, gated_residual_adaln, timestep_features)
 
 
 class Kept:
