@@ -113,12 +113,13 @@ DISCA_ALWAYS_INLINE float mean_of(const X* x, std::int64_t C) {
   return total(sums) / static_cast<float>(C);
 }
 
-// From the sums of x - mean and of its square.
+// From the sums of x - mean and of its square. What a whole row is scaled by is worth doubles.
 DISCA_ALWAYS_INLINE Norm norm_of(float mean, float sum, float squares, const Problem& p) {
-  const float C = static_cast<float>(p.n_channels);
-  const float rest = p.rms ? 0.0f : sum / C;
-  const float variance = squares / C - rest * rest;
-  return {mean, rest, 1.0f / __builtin_sqrtf((variance < 0 ? 0.0f : variance) + p.eps)};
+  const double C = static_cast<double>(p.n_channels);
+  const double rest = p.rms ? 0.0 : sum / C;
+  const double variance = squares / C - rest * rest;
+  const double rstd = 1.0 / __builtin_sqrt((variance < 0 ? 0.0 : variance) + p.eps);
+  return {mean, static_cast<float>(rest), static_cast<float>(rstd)};
 }
 
 template <typename X>

@@ -6,49 +6,24 @@ import torch
 
 from disca_kernels import _ext, adaln_modulate, adaln_modulate_jvp
 from disca_kernels.ops.adaln_modulate.cases import AdalnModulateCase, adaln_modulate_in_dtype
-from disca_kernels.ops.adaln_modulate.reference import (
-    adaln_modulate_jvp_reference,
-    adaln_modulate_reference,
-)
-from disca_kernels.testing import assert_within_budget
+from disca_kernels.ops.adaln_modulate.reference import adaln_modulate_reference
+from tests.ops import instruction_sets
 
 pytestmark = pytest.mark.skipif(_ext.why_not() is not None, reason="disca_kernels._C was not built")
 
-ISAS = ("baseline", "avx2", "avx512")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def use_isa(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
-    monkeypatch.setenv("DISCA_CPU_ISA", isa)
-    try:
-        adaln_modulate(torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(1, 1), backend="cpu")
-    except ValueError:
-        pytest.skip(f"this processor or this build has no {isa}")
-
-
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", instruction_sets.ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_channels", [3, 16, 37, 96])
-def test_every_instruction_set(monkeypatch, n_channels, dtype, isa):
-    use_isa(monkeypatch, isa)
-    case = AdalnModulateCase(2, 5, n_channels, dtype=dtype, affine=True)
-    primals, tangents, (cotangent,) = case.operands()
-    leaves = [t.detach().requires_grad_() for t in primals]
-    y, y_dot = adaln_modulate_jvp(tuple(leaves), tangents, backend="cpu")
-    gradients = torch.autograd.grad(y, leaves, cotangent)
-    wide = [t.double().requires_grad_() for t in primals]
-    wide_y, wide_dot = adaln_modulate_jvp_reference(wide, [t.double() for t in tangents])
-    same = [t.detach().requires_grad_() for t in primals]
-    eager, eager_dot = torch.func.jvp(adaln_modulate_in_dtype, tuple(same), tangents)
-    assert_within_budget(y, wide_y, eager, name="y")
-    assert_within_budget(y_dot, wide_dot, eager_dot, name="y_dot")
-    wide_gradients = torch.autograd.grad(adaln_modulate_reference(*wide), wide, cotangent.double())
-    eager_gradients = torch.autograd.grad(adaln_modulate_in_dtype(*same), same, cotangent)
-    names = ("x", "shift", "scale", "weight", "bias")
-    for name, ours, exact, theirs in zip(
-        names, gradients, wide_gradients, eager_gradients, strict=True
-    ):
-        assert_within_budget(ours, exact, theirs, name=f"d{name}")
+@pytest.mark.parametrize("per_token", [False, True])
+def test_every_instruction_set(monkeypatch, per_token, n_channels, dtype, isa):
+    instruction_sets.use(monkeypatch, isa)
+    case = AdalnModulateCase(24, 5, n_channels, dtype=dtype, affine=True, per_token=per_token)
+    instruction_sets.check(
+        adaln_modulate_jvp, adaln_modulate_reference, adaln_modulate_in_dtype, case
+    )
 
 
 def test_unknown_instruction_set(monkeypatch):
@@ -58,10 +33,10 @@ def test_unknown_instruction_set(monkeypatch):
         adaln_modulate(*primals, backend="cpu")
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", instruction_sets.ISAS)
 def test_bfloat16_is_rounded_as_torch_rounds(monkeypatch, isa):
     """Ties, the largest number, infinity, subnormals and NaN, in whole vectors and the rest."""
-    use_isa(monkeypatch, isa)
+    instruction_sets.use(monkeypatch, isa)
     special = [1.00390625, 1.01171875, 3.4e38, 1e-40, float("inf"), -float("inf"), float("nan")]
     shift = torch.tensor(special * 3)[None]
     zeros = torch.zeros(1, 1, shift.shape[1], dtype=torch.bfloat16)
