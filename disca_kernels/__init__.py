@@ -9,6 +9,7 @@ from disca_kernels._version import __version__
 from disca_kernels.backend import Backend, BackendError, resolve, use_backend, why_not
 from disca_kernels.ops.adaln_modulate import adaln_modulate, adaln_modulate_jvp
 from disca_kernels.ops.attention import attention, attention_jvp, attention_tangent
+from disca_kernels.ops.cache_read import cache_read, cache_read_jvp
 from disca_kernels.ops.gated_residual import gated_residual, gated_residual_jvp
 from disca_kernels.ops.gated_residual_adaln import (
     gated_residual_adaln,
@@ -29,6 +30,8 @@ __all__ = [
     "attention",
     "attention_jvp",
     "attention_tangent",
+    "cache_read",
+    "cache_read_jvp",
     "gated_residual",
     "gated_residual_adaln",
     "gated_residual_adaln_jvp",

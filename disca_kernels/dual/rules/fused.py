@@ -11,6 +11,7 @@ from torch import Tensor
 from disca_kernels.dual.registry import rule
 from disca_kernels.dual.tensor import primals_of, split, tangent
 from disca_kernels.ops.adaln_modulate import adaln_modulate, adaln_modulate_jvp
+from disca_kernels.ops.cache_read import cache_read, cache_read_jvp
 from disca_kernels.ops.gated_residual import gated_residual, gated_residual_jvp
 from disca_kernels.ops.gated_residual_adaln import (
     gated_residual_adaln,
@@ -41,6 +42,7 @@ _register(
     qk_norm_rope_jvp,
     "qkv q_weight k_weight cos sin context_qkv context_q_weight context_k_weight",
 )
+_register(cache_read, cache_read_jvp, "current cache weight bias")
 _register(gated_residual, gated_residual_jvp, "x y gate")
 _register(gated_residual_adaln, gated_residual_adaln_jvp, "x y gate shift scale weight bias")
 _register(gelu_tanh, gelu_tanh_jvp, "x bias prefix")
