@@ -99,6 +99,11 @@ def test_refuses_types(changed, message):
         call(**changed)
 
 
+def test_refuses_too_many_operands():
+    with pytest.raises(TypeError, match=r"at most 8 operands \(qkv, q_weight, .*\), got 9"):
+        qk_norm_rope(*PRIMALS, None, heads=3)
+
+
 def test_the_number_of_turned_tokens_may_be_said():
     said, counted = call(rope_tokens=4), call()
     assert all(map(torch.equal, said, counted))

@@ -29,10 +29,7 @@ def qk_norm_rope(
     k_weight: Operand,
     cos: Operand,
     sin: Operand,
-    context_qkv: Operand = None,
-    context_q_weight: Operand = None,
-    context_k_weight: Operand = None,
-    *,
+    *context: Operand,
     heads: int,
     rope_tokens: int | None = None,
     interleaved: bool = True,
@@ -49,7 +46,7 @@ def qk_norm_rope(
     `(a cos - b sin, a sin + b cos)` (Su et al., "RoFormer", arXiv 2104.09864). Values are copied.
     Everything is computed in float32 (float64 inputs: in float64) and rounded once, at the store.
 
-    `context_qkv` is a second stream, such as the text of a double-stream block, with weights of its
+    The context is a second stream, such as the text of a double-stream block, with weights of its
     own: its tokens are not turned and come after those of the first, so that nothing has to be
     concatenated.
 
@@ -65,9 +62,9 @@ def qk_norm_rope(
         cos: [rope_tokens, D / 2] in the dtype of qkv or float32; None, together with `sin`, for no
             rotation.
         sin: shape and dtype of `cos`.
-        context_qkv: [B, M, 3 * H * D] in the dtype of qkv, or None.
-        context_q_weight: as `q_weight`, for the context.
-        context_k_weight: as `k_weight`, for the context.
+        *context: nothing, or `context_qkv` [B, M, 3 * H * D] in the dtype of qkv, then, if they are
+            not None, `context_q_weight` and `context_k_weight`, which are to it what `q_weight` and
+            `k_weight` are to qkv.
         heads: H.
         rope_tokens: tokens at the front that are turned, at most N; by default as many as the
             tables have rows, and they must not have more or fewer.
@@ -85,10 +82,7 @@ def qk_norm_rope(
         NotImplementedError: a table requires a gradient or carries a tangent.
         BackendError: the backend that was asked for cannot run this call.
     """
-    operands = (
-        *(qkv, q_weight, k_weight, cos, sin),
-        *(context_qkv, context_q_weight, context_k_weight),
-    )
+    operands = _padded(qkv, q_weight, k_weight, cos, sin, *context)
     if has_torch_function(operands):
         result: Triple = handle_torch_function(
             qk_norm_rope,
@@ -165,6 +159,15 @@ def qk_norm_rope_jvp(
     check_tangents(_OP, _NAMES, operands, dots)
     chosen = resolve(_OP, backend, *relevant)
     return function.value_and_tangent(operands, dots, (heads, interleaved, eps), chosen)
+
+
+def _padded(*operands: Any) -> tuple[Any, ...]:
+    """Return all operands, None for those that were left out."""
+    if len(operands) > len(_NAMES):
+        raise TypeError(
+            f"{_OP}: at most {len(_NAMES)} operands ({', '.join(_NAMES)}), got {len(operands)}"
+        )
+    return (*operands, *[None] * (len(_NAMES) - len(operands)))
 
 
 def _check_primals(operands: tuple[Any, ...], heads: Any, rope_tokens: Any) -> None:

@@ -19,10 +19,7 @@ def qk_norm_rope_reference(
     k_weight: Operand,
     cos: Operand,
     sin: Operand,
-    context_qkv: Operand = None,
-    context_q_weight: Operand = None,
-    context_k_weight: Operand = None,
-    *,
+    *context: Operand,
     heads: int,
     rope_tokens: int | None = None,
     interleaved: bool = True,
@@ -39,10 +36,8 @@ def qk_norm_rope_reference(
         k_weight: the same for the keys.
         cos: [rope_tokens, D / 2] cosines of the first tokens' angles, None for no rotation.
         sin: their sines, likewise.
-        context_qkv: [B, M, 3 * H * D] second stream, which is not turned and comes after the first,
-            or None.
-        context_q_weight: [D] weight of its queries, or None.
-        context_k_weight: [D] weight of its keys, or None.
+        *context: nothing, or `context_qkv` [B, M, 3 * H * D], a second stream that is not turned
+            and comes after the first, and `context_q_weight` and `context_k_weight`, [D] or None.
         heads: H.
         rope_tokens: rows of the tables; None for what they have.
         interleaved: whether channels 2i and 2i + 1 are turned together; otherwise i and i + D / 2.
@@ -53,9 +48,11 @@ def qk_norm_rope_reference(
     """
     _check_rows(cos, rope_tokens)
     parts = [_stream(qkv, q_weight, k_weight, cos, sin, heads, interleaved, eps)]
+    context_qkv, context_q, context_k = context + (None,) * (3 - len(context))
     if context_qkv is not None:
-        weights = (context_q_weight, context_k_weight)
-        parts.append(_stream(context_qkv, *weights, None, None, heads, interleaved, eps))
+        parts.append(
+            _stream(context_qkv, context_q, context_k, None, None, heads, interleaved, eps)
+        )
     return _joined(parts, qkv.dtype)
 
 
