@@ -35,7 +35,7 @@ py::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
-#if defined(DISCA_HAS_TARGET_CLONES)
+#if defined(DISCA_HAS_X86_LEVELS)
   info["cpu_targets"] = "x86-64-v4, x86-64-v3, x86-64";
 #else
   info["cpu_targets"] = "baseline";
