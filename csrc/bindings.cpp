@@ -10,7 +10,9 @@
 #include "common/checks.h"
 #include "gated_residual/gated_residual.h"
 #include "gated_residual_adaln/gated_residual_adaln.h"
+#include "gelu_tanh/gelu_tanh.h"
 #include "qk_norm_rope/qk_norm_rope.h"
+#include "swiglu/swiglu.h"
 
 namespace py = pybind11;
 
@@ -59,6 +61,8 @@ PYBIND11_MODULE(_C, m) {
   disca::register_attention(m);
   disca::register_gated_residual(m);
   disca::register_gated_residual_adaln(m);
+  disca::register_gelu_tanh(m);
+  disca::register_swiglu(m);
   disca::register_attention_cuda(m);
   disca::register_qk_norm_rope(m);
 }

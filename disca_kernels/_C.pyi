@@ -163,3 +163,50 @@ def qk_norm_rope_bwd_cpu(
     dweights: _Pair,
     threads: int,
 ) -> None: ...
+
+# Of gelu_tanh and swiglu, shape is that of y without its prefix, dtype that of x; pairs are of a
+# primal and its tangent; biases and their gradients are addresses of float32, 0 for none.
+_Prefix = tuple[int, ...]  # address, strides of batch, heads and tokens
+
+def gelu_tanh_fwd_cpu(
+    shape: tuple[int, ...],
+    dtype: str,
+    x: _Rows,
+    x_dot: _Rows | None,
+    biases: _Pair,
+    heads: _Pair,  # their number and width
+    prefixes: tuple[_Prefix | None, _Prefix | None],
+    outputs: _Pair,
+    threads: int,
+) -> None: ...
+def gelu_tanh_bwd_cpu(
+    shape: tuple[int, ...],
+    dtype: str,
+    dy: _Rows,
+    x: _Rows,
+    bias: int,
+    dx: int,
+    dbias: int,
+    threads: int,
+) -> None: ...
+def swiglu_fwd_cpu(
+    shape: tuple[int, ...],
+    dtype: str,
+    gate_first: bool,
+    x: _Rows,
+    x_dot: _Rows | None,
+    biases: _Pair,
+    outputs: _Pair,
+    threads: int,
+) -> None: ...
+def swiglu_bwd_cpu(
+    shape: tuple[int, ...],
+    dtype: str,
+    gate_first: bool,
+    dy: _Rows,
+    x: _Rows,
+    bias: int,
+    dx: int,
+    dbias: int,
+    threads: int,
+) -> None: ...

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the operands of activations, which are alike: x [B, N, M] and a bias [M]."""
+"""Operands of activations, which are alike, x [B, N, M] and a bias [M]: checks, conversion."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "check_bias", "check_x"]
+__all__ = ["DTYPES", "check_bias", "check_x", "widened"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What x may be; float64 on the eager backend alone."""
@@ -50,3 +50,8 @@ def check_bias(op: str, bias: Any, x: Tensor, shape: str) -> None:
         )
     if bias.device != x.device:
         raise ValueError(f"{op}: bias is on {bias.device}, x is on {x.device}")
+
+
+def widened(*biases: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return biases as C++ reads them, contiguous float32; absent ones as they are."""
+    return tuple(None if x is None else x.float().contiguous() for x in biases)

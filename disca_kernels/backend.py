@@ -45,10 +45,10 @@ IMPLEMENTATIONS: dict[str, tuple[Backend, ...]] = {
     "cache_read": (Backend.TRITON, Backend.EAGER),
     "gated_residual": (Backend.TRITON, Backend.CPU, Backend.EAGER),
     "gated_residual_adaln": (Backend.TRITON, Backend.CPU, Backend.EAGER),
-    "gelu_tanh": (Backend.TRITON, Backend.EAGER),
+    "gelu_tanh": (Backend.TRITON, Backend.CPU, Backend.EAGER),
     "mean_velocity_step": (Backend.TRITON, Backend.EAGER),
     "qk_norm_rope": (Backend.TRITON, Backend.CPU, Backend.EAGER),
-    "swiglu": (Backend.TRITON, Backend.EAGER),
+    "swiglu": (Backend.TRITON, Backend.CPU, Backend.EAGER),
     "timestep_features": (Backend.TRITON, Backend.EAGER),
 }
 """What each operation has: one line per operation."""

@@ -21,7 +21,8 @@ class _Operation(FusedOperation):
         dx, dbias, dprefix = super().gradient(ctx, cotangents)
         if dprefix is not None and ctx.backend != Backend.EAGER:
             heads, width = ctx.options
-            dprefix = dprefix[..., : heads * width].unflatten(-1, (heads, width)).transpose(1, 2)
+            shape = (*dprefix.shape[:2], heads, width)
+            dprefix = dprefix[..., : heads * width].view(shape).transpose(1, 2)
         return dx, dbias, dprefix
 
 

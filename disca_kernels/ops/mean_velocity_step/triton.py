@@ -15,7 +15,7 @@ from disca_kernels.triton_common.rows import rows_per_split
 
 prepare_interpreter()
 
-_BLOCK, _NUM_WARPS = 2048, 4
+BLOCK, NUM_WARPS = 2048, 4
 
 Operands = tuple[Tensor | None, ...]
 
@@ -132,8 +132,8 @@ def launch_fwd(operands: Operands, options: tuple[()], keep: bool) -> tuple[Tens
     if y.numel() > 0:
         x, u = _flat(x), _flat(u)
         n_batch, length = x.shape
-        _mean_velocity_step_fwd_kernel[(n_batch * triton.cdiv(length, _BLOCK),)](
-            x, u, t, r, y, length, *_strides(x, u, t, r), BLOCK=_BLOCK, num_warps=_NUM_WARPS
+        _mean_velocity_step_fwd_kernel[(n_batch * triton.cdiv(length, BLOCK),)](
+            x, u, t, r, y, length, *_strides(x, u, t, r), BLOCK=BLOCK, num_warps=NUM_WARPS
         )
     return (y,)
 
@@ -148,16 +148,16 @@ def launch_bwd(
     sums = None
     dy, flat_u = _flat(cotangents[0]), _flat(u)
     n_batch, length = flat_u.shape
-    per_split = _BLOCK
+    per_split = BLOCK
     if needs_t or needs_r:
-        per_split = rows_per_split(n_batch, length, _BLOCK)
+        per_split = rows_per_split(n_batch, length, BLOCK)
     n_splits = triton.cdiv(length, per_split)
     if needs_t or needs_r:
         sums = torch.empty((n_batch, n_splits), dtype=torch.float64, device=u.device)
     if u.numel() > 0:
         _mean_velocity_step_bwd_kernel[(n_batch * n_splits,)](
             dy, flat_u, t, r, du, sums, length, n_splits, per_split, *_strides(dy, flat_u, t, r),
-            BLOCK=_BLOCK, num_warps=_NUM_WARPS,
+            BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
     total = None if sums is None else sums.sum(1).to(t.dtype)
     return None, du, -total if needs_t else None, total if needs_r else None
@@ -175,7 +175,7 @@ def launch_jvp(
         x, u, x_dot, u_dot = _flat(x), _flat(u), _flat(x_dot), _flat(u_dot)
         n_batch, length = x.shape
         given = (x, u, t, r, x_dot, u_dot, t_dot, r_dot)
-        _mean_velocity_step_jvp_kernel[(n_batch * triton.cdiv(length, _BLOCK),)](
-            *given, y, y_dot, length, *_strides(*given), BLOCK=_BLOCK, num_warps=_NUM_WARPS
+        _mean_velocity_step_jvp_kernel[(n_batch * triton.cdiv(length, BLOCK),)](
+            *given, y, y_dot, length, *_strides(*given), BLOCK=BLOCK, num_warps=NUM_WARPS
         )
     return None if y is None else (y,), (y_dot,)

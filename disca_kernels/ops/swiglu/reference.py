@@ -59,9 +59,9 @@ def swiglu_jvp_reference(
     gate, up = _halves(x, bias, gate_first)
     active = F.silu(gate)
     y = (active * up).to(x.dtype)
-    if x_dot is None and bias_dot is None:
-        return y, torch.zeros_like(y)
     if x_dot is None:
+        if bias_dot is None:
+            return y, torch.zeros_like(y)
         x_dot, bias_dot = bias_dot.expand_as(x), None
     gate_dot, up_dot = _halves(x_dot, bias_dot, gate_first)
     # PyTorch's kernel of the gradient: the slope times what stands for the cotangent.
