@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without the package's."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Operands(NamedTuple):
     """What a call of an operation and of its derivatives takes, in the order of its operands.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disca_kernels.testing.drawing import Drawing, Operands
+from disca_kernels.testing.drawing import Drawing, Operands, name_of
 
 # Multiplications and additions for each element of x; what is done once a row or a sample is free.
 _FLOPS = {
@@ -46,9 +46,9 @@ class AdalnModulateCase:
 
     def __str__(self) -> str:
         """Name the case in test and benchmark reports."""
-        name = f"b{self.batch}n{self.n_tokens}c{self.n_channels}-{_name(self.dtype)}"
+        name = f"b{self.batch}n{self.n_tokens}c{self.n_channels}-{name_of(self.dtype)}"
         if self.modulation_dtype is not None:
-            name += f"-modulation_{_name(self.modulation_dtype)}"
+            name += f"-modulation_{name_of(self.modulation_dtype)}"
         name += "-per_token" * self.per_token + "-affine" * self.affine
         return name + "-rms" * (self.norm == "rms")
 
@@ -123,7 +123,3 @@ def adaln_modulate_in_dtype(
     else:
         normal = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return (normal * (1 + scale) + shift).to(x.dtype)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The specialisations of the adaln_modulate kernels whose machine code is checked without a GPU."""
 
-from typing import NamedTuple
-
 from disca_kernels.testing.codegen import KernelSpec
+from disca_kernels.testing.modulated import ModulatedShape
 
 # The operands of each kernel and the suffixes of their strides.
 _PRIMALS = {"x": "xb xn", "shift": "hb hn", "scale": "sb sn", "weight": "", "bias": ""}
@@ -22,44 +21,18 @@ _OPERANDS = {
 }
 
 
-class _Shape(NamedTuple):
-    dtype: str
-    modulation_dtype: str
-    n_channels: int
-    per_token: bool = False
-    affine: bool = False
-    rms: bool = False
-
-    def __str__(self) -> str:
-        kind = "per token" if self.per_token else "per sample"
-        variant = ", affine" * self.affine + ", rms" * self.rms
-        return f"x {self.dtype}, modulation {self.modulation_dtype} {kind}, C={self.n_channels}" + (
-            variant
-        )
-
-
-# A HunyuanVideo block, and the widest row that is supported in the widest dtype.
+# A HunyuanVideo block, the width of Wan, and the widest row that is supported.
 _SHAPES = [
-    _Shape("bf16", "bf16", 3072),
-    _Shape("bf16", "fp32", 3072, affine=True),
-    _Shape("bf16", "bf16", 3072, affine=True, rms=True),
-    _Shape("fp32", "fp32", 8192),
-    _Shape("bf16", "fp32", 8192, per_token=True),
+    ModulatedShape("bf16", "bf16", 3072),
+    ModulatedShape("bf16", "fp32", 3072, affine=True),
+    ModulatedShape("bf16", "bf16", 3072, affine=True, rms=True),
+    ModulatedShape("bf16", "bf16", 5120),
+    ModulatedShape("fp32", "fp32", 8192),
+    ModulatedShape("bf16", "fp32", 8192, per_token=True),
 ]
 
 
-def _absent(mode: str, shape: _Shape) -> set[str]:
-    """Name the pointers that are None."""
-    absent = {"bias", "bias_dot"} if shape.rms or not shape.affine else set()
-    if not shape.affine:
-        absent |= {"weight", "weight_dot"}
-    if mode == "bwd":
-        absent |= {*_SUMS} if shape.per_token and not shape.affine else set()
-        absent |= set() if shape.per_token else {"dshift", "dscale"}
-    return absent
-
-
-def _spec(mode: str, shape: _Shape) -> KernelSpec:
+def _spec(mode: str, shape: ModulatedShape) -> KernelSpec:
     """Return one kernel as its launcher calls it."""
     from disca_kernels.ops.adaln_modulate.triton import LIVE_ROWS
     from disca_kernels.triton_common.rows import tile
@@ -70,7 +43,7 @@ def _spec(mode: str, shape: _Shape) -> KernelSpec:
         tokens = name.removeprefix("d").startswith(("x", "y"))
         return shape.dtype if tokens else shape.modulation_dtype
 
-    operands, absent = _OPERANDS[mode], _absent(mode, shape)
+    operands, absent = _OPERANDS[mode], shape.absent(mode)
     pointers = {f"p_{n}": f"*{dtype_of(n)}" for n in operands if n not in absent}
     strides = {f"stride_{s}": "i32" for suffixes in operands.values() for s in suffixes.split()}
     sizes = {"N": "i32", "C": "i32", "eps": "fp32"}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disca_kernels.testing.drawing import Drawing, Operands
+from disca_kernels.testing.drawing import Drawing, Operands, name_of
 
 # Multiplications and additions for each element of x.
 _FLOPS = {"fwd": 2, "bwd": 3, "jvp": 6}
@@ -37,9 +37,9 @@ class GatedResidualCase:
 
     def __str__(self) -> str:
         """Name the case in test and benchmark reports."""
-        name = f"b{self.batch}n{self.n_tokens}c{self.n_channels}-{_name(self.dtype)}"
+        name = f"b{self.batch}n{self.n_tokens}c{self.n_channels}-{name_of(self.dtype)}"
         if self.gate_dtype is not None:
-            name += f"-gate_{_name(self.gate_dtype)}"
+            name += f"-gate_{name_of(self.gate_dtype)}"
         return name + "-per_token" * self.per_token
 
     def operands(self, seed: int = 0, device: str | torch.device = "cpu") -> Operands:
@@ -74,7 +74,3 @@ def gated_residual_in_dtype(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """Compute gated_residual as a DiT block writes it: two roundings in bfloat16, not one."""
     gate = gate.unsqueeze(1) if gate.ndim == 2 else gate
     return (x + gate * y).to(x.dtype)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

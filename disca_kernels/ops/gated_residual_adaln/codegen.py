@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The specialisations of the gated_residual_adaln kernels that are checked without a GPU."""
 
-from typing import NamedTuple
-
 from disca_kernels.testing.codegen import KernelSpec
+from disca_kernels.testing.modulated import ModulatedShape
 
 # The operands of each kernel and the suffixes of their strides.
 _PRIMALS = {
@@ -27,48 +26,21 @@ _OPERANDS = {
 }
 
 
-class _Shape(NamedTuple):
-    dtype: str
-    modulation_dtype: str
-    n_channels: int
-    per_token: bool = False
-    affine: bool = False
-    rms: bool = False
-
-    def __str__(self) -> str:
-        kind = "per token" if self.per_token else "per sample"
-        variant = ", affine" * self.affine + ", rms" * self.rms
-        return f"x {self.dtype}, modulation {self.modulation_dtype} {kind}, C={self.n_channels}" + (
-            variant
-        )
-
-
 # A HunyuanVideo block, the width of Wan, float32, and the widest row that is supported.
 _SHAPES = [
-    _Shape("bf16", "bf16", 3072),
-    _Shape("bf16", "fp32", 3072, affine=True),
-    _Shape("bf16", "bf16", 3072, affine=True, rms=True),
-    _Shape("bf16", "bf16", 5120),
-    _Shape("fp32", "fp32", 4096, affine=True),
-    _Shape("fp32", "fp32", 8192),
-    _Shape("bf16", "fp32", 8192, per_token=True),
+    ModulatedShape("bf16", "bf16", 3072),
+    ModulatedShape("bf16", "fp32", 3072, affine=True),
+    ModulatedShape("bf16", "bf16", 3072, affine=True, rms=True),
+    ModulatedShape("bf16", "bf16", 5120),
+    ModulatedShape("fp32", "fp32", 4096, affine=True),
+    ModulatedShape("fp32", "fp32", 8192),
+    ModulatedShape("bf16", "fp32", 8192, per_token=True),
 ]
 _OF_RESIDUAL = frozenset({"dx", "dy", "dgate", "sum_gate"})
 _OF_MODULATION = frozenset({"dshift", "dscale", "sum", "sum_x_hat"})
 
 
-def _absent(mode: str, shape: _Shape) -> set[str]:
-    """Name the pointers that are None."""
-    absent = {"bias", "bias_dot"} if shape.rms or not shape.affine else set()
-    if not shape.affine:
-        absent |= {"weight", "weight_dot"}
-    if mode == "bwd":
-        absent |= {"sum_gate"} if shape.per_token else {"dgate", "dshift", "dscale"}
-        absent |= {"sum", "sum_x_hat"} if shape.per_token and not shape.affine else set()
-    return absent
-
-
-def _spec(mode: str, shape: _Shape, unwanted: frozenset[str] = frozenset()) -> KernelSpec:
+def _spec(mode: str, shape: ModulatedShape, unwanted: frozenset[str] = frozenset()) -> KernelSpec:
     """Return one kernel as its launcher calls it, but for some outputs."""
     from disca_kernels.ops.gated_residual_adaln.triton import LIVE_ROWS
     from disca_kernels.triton_common.rows import tile
@@ -79,7 +51,7 @@ def _spec(mode: str, shape: _Shape, unwanted: frozenset[str] = frozenset()) -> K
         tokens = name.removeprefix("d").startswith(("x", "y", "h"))
         return shape.dtype if tokens else shape.modulation_dtype
 
-    operands, absent = _OPERANDS[mode], _absent(mode, shape) | unwanted
+    operands, absent = _OPERANDS[mode], shape.absent(mode) | unwanted
     pointers = {f"p_{n}": f"*{dtype_of(n)}" for n in operands if n not in absent}
     strides = {f"stride_{s}": "i32" for suffixes in operands.values() for s in suffixes.split()}
     sizes = {"N": "i32", "C": "i32", "eps": "fp32"}
@@ -104,7 +76,7 @@ def _spec(mode: str, shape: _Shape, unwanted: frozenset[str] = frozenset()) -> K
     )
 
 
-def _plan(shape: _Shape) -> tuple[int, int, int, bool]:
+def _plan(shape: ModulatedShape) -> tuple[int, int, int, bool]:
     """Return how the backward pass is launched."""
     import torch
 
@@ -114,7 +86,7 @@ def _plan(shape: _Shape) -> tuple[int, int, int, bool]:
     return plan(dtype, shape.n_channels)
 
 
-def _backward(shape: _Shape) -> list[KernelSpec]:
+def _backward(shape: ModulatedShape) -> list[KernelSpec]:
     """Return the launches of the backward pass."""
     if _plan(shape)[-1]:
         return [_spec("bwd", shape, part) for part in (_OF_RESIDUAL, _OF_MODULATION)]
