@@ -13,6 +13,9 @@ TIERS = {
     "adaln_modulate": ("second", "third"),
     "gated_residual": ("second", "third"),
     "gated_residual_adaln": ("second", "third"),
+    "gelu_tanh": ("second", "third"),
+    "swiglu": ("second", "third"),
+    "mean_velocity_step": ("second", "third"),
     "qk_norm_rope": ("second", "third"),
     "timestep_features": ("second", "third"),
 }

@@ -7,7 +7,10 @@ from benchmarks.gpu.ops import (
     attention,
     gated_residual,
     gated_residual_adaln,
+    gelu_tanh,
+    mean_velocity_step,
     qk_norm_rope,
+    swiglu,
     timestep_features,
 )
 
@@ -18,7 +21,10 @@ OPS: dict[str, Op] = {
         adaln_modulate,
         gated_residual,
         gated_residual_adaln,
+        gelu_tanh,
+        swiglu,
         qk_norm_rope,
+        mean_velocity_step,
         timestep_features,
     )
 }
