@@ -18,6 +18,7 @@ TIERS = {
     "mean_velocity_step": ("second", "third"),
     "qk_norm_rope": ("second", "third"),
     "timestep_features": ("second", "third"),
+    "predictor_step": ("second", "third"),
 }
 """The operations, and in which tiers of value they have cases; "quick" and "dry" come on top."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operations that are measured; a new one is a module with `OP` and a line here."""
+"""What is measured, operations and the predictor step; a new one is a module with `OP` here."""
 
 from benchmarks.gpu.model import Op
 from benchmarks.gpu.ops import (
@@ -9,6 +9,7 @@ from benchmarks.gpu.ops import (
     gated_residual_adaln,
     gelu_tanh,
     mean_velocity_step,
+    predictor_step,
     qk_norm_rope,
     swiglu,
     timestep_features,
@@ -26,5 +27,6 @@ OPS: dict[str, Op] = {
         qk_norm_rope,
         mean_velocity_step,
         timestep_features,
+        predictor_step,
     )
 }
