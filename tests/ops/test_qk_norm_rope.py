@@ -37,7 +37,7 @@ class TestQkNormRope(Battery):
             QkNormRopeCase(1, 18, 2, 64, BF16, interleaved=False, wide=True),
             QkNormRopeCase(2, 7, 3, 34, FP16, wide=True, n_context=2),
             QkNormRopeCase(2, 7, 2, 40, FP16, interleaved=False),
-            QkNormRopeCase(1, 150, 6, 18, rope_tokens=140, n_context=19),
+            QkNormRopeCase(1, 150, 6, 50, rope_tokens=140, n_context=19),
         ],
     )
 
