@@ -150,10 +150,10 @@ def test_gradient_checkpointing_changes_memory_not_results(changes):
     assert torch.equal(out, plain)
     for grad, expected in zip(grads, plain_grads, strict=True):
         assert (grad is None and expected is None) or torch.equal(grad, expected)
-    assert kept < plain_kept / 3
+    assert kept < plain_kept / 2
 
 
-def test_gradient_checkpointing_steps_aside_in_forward_mode():
+def test_gradient_checkpointing_steps_aside_or_serves_in_forward_mode():
     net, func, primals, tangents = _problem(mean_flow=True)
     expected = torch.func.jvp(func, primals, tangents)
     net.gradient_checkpointing = True

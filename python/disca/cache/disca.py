@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from disca.cache.policy import OneTensorCache
-from disca.errors import UserError
+from disca.models.predictor_step import PredictorStep
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from disca.cache.policy import WholeStep
+    from disca.models.condition import Condition
+    from disca.models.host import Host
     from disca.models.state import State
 
 __all__ = ["LearnedPredictor"]
@@ -41,17 +44,22 @@ class LearnedPredictor(OneTensorCache):
     ) -> None:
         super().__init__(full_steps, allow_idle=allow_idle)
         self.predictor = predictor
+        self._unit: PredictorStep | None = None
+
+    def reset(self, host: Host, steps: int) -> None:
+        """Forget the last run, check the full steps and join host and predictor to one unit."""
+        super().reset(host, steps)
+        self._unit = PredictorStep(host, self.predictor)
+
+    def whole_step(self, index: int) -> WholeStep | None:
+        """Return the predictor's unit for a step that is not a full one."""
+        return None if index in self.full_steps else self._advance
+
+    def _advance(self, x: Tensor, t: Tensor, r: Tensor, cond: Condition) -> Tensor:
+        assert self._unit is not None
+        advanced: Tensor = self._unit(x, t, r, cond, self.skipping())
+        return advanced
 
     def replay(self, state: State, cache: Tensor) -> Tensor:
-        """Return the predicted tokens [B, N, C].
-
-        Raises:
-            UserError: the predictor's output does not have the cache's shape.
-        """
-        tokens = self.predictor(state, cache)
-        if tokens.shape != cache.shape:
-            raise UserError(
-                f"the predictor returned tokens {list(tokens.shape)}, "
-                f"the host's are {list(cache.shape)}: it was made for another host"
-            )
-        return tokens
+        """Return the predicted tokens [B, N, C]."""
+        return self.predictor(state, cache)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
@@ -13,8 +13,12 @@ from disca.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from disca.models.condition import Condition
     from disca.models.host import Host
     from disca.models.state import State
+
+    WholeStep = Callable[[Tensor, Tensor, Tensor, Condition], Tensor]
+    """(x, t, r, cond) -> the sample at r."""
 
 __all__ = ["CacheReport", "Decision", "OneTensorCache", "Policy"]
 
@@ -49,8 +53,9 @@ class Policy(Protocol):
     """Decides, step by step, whether a host computes or replays, and keeps what replaying needs.
 
     A policy is written once, against :class:`disca.models.host.Host`, and knows no model. A
-    sampler embeds the step's input, asks :meth:`step`, calls :meth:`compute` or :meth:`skip` for
-    the tokens before the head, and applies the host's own head.
+    sampler asks :meth:`whole_step` first; without one it embeds the step's input, asks
+    :meth:`step`, calls :meth:`compute` or :meth:`skip` for the tokens before the head, and applies
+    the host's own head.
     """
 
     name: str
@@ -62,6 +67,12 @@ class Policy(Protocol):
 
         Raises:
             UserError: the policy has nothing to work on in this host or can never skip.
+        """
+
+    def whole_step(self, index: int) -> WholeStep | None:
+        """Return what replaces all of step ``index``, embedders and head included.
+
+        For a step that is skipped whatever its input is; None if the input has to be seen first.
         """
 
     def step(self, index: int, state: State) -> Decision:
@@ -116,6 +127,10 @@ class OneTensorCache:
         self.cache = None
         self._computed = self._skipped = self._peak_bytes = 0
 
+    def whole_step(self, index: int) -> WholeStep | None:
+        """Leave every step to the host's embedders and head."""
+        return None
+
     def step(self, index: int, state: State) -> Decision:
         """Compute at the listed steps, skip at the others."""
         return Decision.COMPUTE if index in self.full_steps else Decision.SKIP
@@ -130,10 +145,14 @@ class OneTensorCache:
 
     def skip(self, host: Host, state: State) -> State:
         """Put the replayed tokens into the state and leave the cache as it is."""
+        return state.with_tokens(self.replay(state, self.skipping()))
+
+    def skipping(self) -> Tensor:
+        """Count a skipped step and return the cache that it reads."""
         if self.cache is None:
             raise UserError(f"policy {self.name!r} has to compute a step before it can skip one")
         self._skipped += 1
-        return state.with_tokens(self.replay(state, self.cache))
+        return self.cache
 
     def replay(self, state: State, cache: Tensor) -> Tensor:
         """Return the tokens [B, N, C] of a skipped step from its input and the cache."""

@@ -14,6 +14,7 @@ from disca.demo.methods import Method
 from disca.demo.results import Timing
 from disca.demo.timing import measure_step
 from disca.eval.scores import curvature
+from disca.models import PredictorStep
 from disca.sample import cached_sample, flow_shift_schedule, resolve_full_steps
 
 if TYPE_CHECKING:
@@ -41,15 +42,12 @@ def skip_flops(suite: Suite, stage: str, form: Form | None) -> int:
     host = suite.host(stage)
     x, t, cond = _one_clip(suite)
     cond = cond.with_guidance(suite.sampling.guidance)
-
-    def step() -> None:
-        state = host.embed(x, t, t if host.mean_flow else None, cond)
-        tokens = state.tokens
-        if form is not None:
-            tokens = suite.predictor(form)(state, tokens)
-        host.head(state.with_tokens(tokens))
-
-    return count_flops(step)
+    end = t if host.mean_flow else None
+    state = host.embed(x, t, end, cond)
+    if form is not None:
+        step = PredictorStep(host, suite.predictor(form))
+        return count_flops(lambda: step(x, t, t, cond, state.tokens))
+    return count_flops(lambda: host.head(host.embed(x, t, end, cond)))
 
 
 def method_flops(suite: Suite, method: Method) -> int:

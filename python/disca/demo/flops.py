@@ -74,6 +74,13 @@ def _attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any)
     return 2 * scores * (q.shape[-1] + v.shape[-1])
 
 
+def _cache_read(
+    out: Tensor, current: Tensor, cache: Tensor, weight: Tensor, *_: Any, **__: Any
+) -> int:
+    """Count the product of [current, cache] with the weight [O, 2C]."""
+    return 2 * out.numel() * weight.shape[-1]
+
+
 _COUNTS: dict[Callable[..., Any], Callable[..., int]] = {
     F.linear: _linear,
     torch.matmul: _matmul,
@@ -88,4 +95,5 @@ _COUNTS: dict[Callable[..., Any], Callable[..., int]] = {
     F.conv3d: _conv,
     F.scaled_dot_product_attention: _attention,
     disca_kernels.attention: _attention,
+    disca_kernels.cache_read: _cache_read,
 }

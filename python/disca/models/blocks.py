@@ -11,9 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disca.models.configs import DiTConfig
-from disca.models.rope import Rope, normalise_and_rotate
 from disca.models.state import State
-from disca_kernels import adaln_modulate, attention
+from disca_kernels import (
+    adaln_modulate,
+    attention,
+    gated_residual,
+    gated_residual_adaln,
+    gelu_tanh,
+    qk_norm_rope,
+)
 
 __all__ = ["DoubleBlock", "FinalLayer", "Mlp", "Modulation", "SingleBlock"]
 
@@ -22,7 +28,10 @@ _STREAMS: tuple[Stream, Stream] = ("img", "txt")
 
 
 class Modulation(nn.Module):
-    """SiLU and a linear layer that turns the modulation vector into shifts, scales and gates."""
+    """Linear layer that turns the modulation vector into shifts, scales and gates.
+
+    The SiLU before it is the same for every block: `State.vec` comes with it applied.
+    """
 
     def __init__(self, hidden: int, parts: int) -> None:
         """Build the layer for `parts` vectors of width `hidden`."""
@@ -32,7 +41,7 @@ class Modulation(nn.Module):
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
         """Map vec [B, C] to `parts` tensors [B, C]."""
-        out: Tensor = self.linear(F.silu(vec))
+        out: Tensor = self.linear(vec)
         return out.chunk(self.parts, dim=-1)
 
 
@@ -56,19 +65,13 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, N, C] to [B, N, C]."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.fc2(gelu_tanh(F.linear(x, self.fc1.weight), self.fc1.bias))
         return out
 
 
-def _gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """Add a gated update: x + gate * update, one gate [B, C] per row."""
-    return torch.addcmul(x, gate.unsqueeze(1), update)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, kv_lengths: Tensor) -> Tensor:
-    """Attention over [B, N, H, D] tensors, heads joined again: [B, N, C]."""
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-    return attention(q, k, v, kv_lengths=kv_lengths).transpose(1, 2).flatten(2)
+def _join_heads(x: Tensor) -> Tensor:
+    """Turn [B, H, N, D] into [B, N, C]."""
+    return x.transpose(1, 2).flatten(2)
 
 
 class SingleBlock(nn.Module):
@@ -91,19 +94,24 @@ class SingleBlock(nn.Module):
     def forward(self, state: State) -> State:
         """Return the state with this block's tokens."""
         shift, scale, gate = self.modulation(state.vec)
-        x = adaln_modulate(state.tokens, shift, scale)
-        update = self._attention(x, state) + self._mlp(x)
-        return state.with_tokens(_gated(state.tokens, gate, update))
+        tokens = state.tokens
+        x = adaln_modulate(tokens, shift, scale)
+        # Attention's output and the MLP's activation are written side by side, so that one product
+        # serves both; cutting the first layer's weights costs less than cutting its output.
+        joined = gelu_tanh(*self._inner(x), self._attend(x, state))
+        return state.with_tokens(gated_residual(tokens, self.linear2(joined), gate))
 
     def attention(self, state: State) -> Tensor:
         """Return attention's share of the update before the gate [B, N, C], without bias."""
         shift, scale, _ = self.modulation(state.vec)
-        return self._attention(adaln_modulate(state.tokens, shift, scale), state)
+        attended = self._attend(adaln_modulate(state.tokens, shift, scale), state)
+        return F.linear(_join_heads(attended), self.linear2.weight[:, : self.hidden])
 
     def mlp(self, state: State) -> Tensor:
         """Return the MLP's share of the update before the gate [B, N, C], with the bias."""
         shift, scale, _ = self.modulation(state.vec)
-        return self._mlp(adaln_modulate(state.tokens, shift, scale))
+        active = gelu_tanh(*self._inner(adaln_modulate(state.tokens, shift, scale)))
+        return F.linear(active, self.linear2.weight[:, self.hidden :], self.linear2.bias)
 
     def combine(
         self, state: State, *, attention: Tensor | None = None, mlp: Tensor | None = None
@@ -113,26 +121,26 @@ class SingleBlock(nn.Module):
         tokens = state.tokens
         for update in (attention, mlp):
             if update is not None:
-                tokens = _gated(tokens, gate, update)
+                tokens = gated_residual(tokens, update, gate)
         return state.with_tokens(tokens)
 
-    # The fused layers are applied by parts: joining and cutting activations that are 5 to 7 times
-    # as wide as the tokens costs more, forward and backward, than cutting the weights.
-
-    def _attention(self, x: Tensor, state: State) -> Tensor:
+    def _attend(self, x: Tensor, state: State) -> Tensor:
+        """Attention over modulated tokens [B, N, C], heads apart: [B, H, N, D]."""
         weight, bias = self.linear1.weight[: 3 * self.hidden], self.linear1.bias[: 3 * self.hidden]
-        qkv = F.linear(x, weight, bias)
-        qkv = qkv.view(*qkv.shape[:2], 3, self.heads, -1)
-        norms = torch.stack((self.q_norm.weight, self.k_norm.weight))
-        qk, v = torch.split(qkv, [2, 1], dim=2)
-        q, k = normalise_and_rotate(qk, norms, state.rope).unbind(2)
-        attended = _attend(q, k, v.squeeze(2), state.kv_lengths)
-        return F.linear(attended, self.linear2.weight[:, : self.hidden])
+        q, k, v = qk_norm_rope(
+            F.linear(x, weight, bias),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            *state.rope,
+            heads=self.heads,
+            rope_tokens=state.n_video,
+        )
+        return attention(q, k, v, kv_lengths=state.kv_lengths)
 
-    def _mlp(self, x: Tensor) -> Tensor:
+    def _inner(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The MLP's first product of modulated tokens, and the bias that belongs to it."""
         weight, bias = self.linear1.weight[3 * self.hidden :], self.linear1.bias[3 * self.hidden :]
-        active = F.gelu(F.linear(x, weight, bias), approximate="tanh")
-        return F.linear(active, self.linear2.weight[:, self.hidden :], self.linear2.bias)
+        return F.linear(x, weight), bias
 
 
 class DoubleBlock(nn.Module):
@@ -161,79 +169,87 @@ class DoubleBlock(nn.Module):
 
     def forward(self, state: State) -> State:
         """Return the state with this block's tokens."""
-        modulations = [self._part(stream, "mod")(state.vec) for stream in _STREAMS]
-        state = self._add(state, [m[2] for m in modulations], self._attention(state, modulations))
-        return self._add(state, [m[5] for m in modulations], self._mlp(state, modulations))
+        modulations = self._modulations(state)
+        updates = self._attention(state, modulations)
+        streams = []
+        for stream, tokens, update, modulation in zip(
+            _STREAMS, state.streams, updates, modulations, strict=True
+        ):
+            _, _, gate, shift, scale, gate_mlp = modulation
+            tokens, x = gated_residual_adaln(tokens, update, gate, shift, scale)
+            streams.append(gated_residual(tokens, self._part(stream, "mlp")(x), gate_mlp))
+        return state.with_streams(*streams)
 
     def attention(self, state: State) -> Tensor:
         """Return both streams' attention updates before the gates, joined [B, N, C]."""
-        modulations = [self._part(stream, "mod")(state.vec) for stream in _STREAMS]
-        return torch.cat(self._attention(state, modulations), dim=1)
+        return torch.cat(self._attention(state, self._modulations(state)), dim=1)
 
     def mlp(self, state: State) -> Tensor:
         """Return both streams' MLP updates before the gates, joined, of a state after attention."""
-        modulations = [self._part(stream, "mod")(state.vec) for stream in _STREAMS]
-        return torch.cat(self._mlp(state, modulations), dim=1)
+        updates = []
+        for stream, tokens, modulation in zip(
+            _STREAMS, state.streams, self._modulations(state), strict=True
+        ):
+            shift, scale = modulation[3:5]
+            updates.append(self._part(stream, "mlp")(adaln_modulate(tokens, shift, scale)))
+        return torch.cat(updates, dim=1)
 
     def combine(
         self, state: State, *, attention: Tensor | None = None, mlp: Tensor | None = None
     ) -> State:
         """Add outputs of `attention` or `mlp` through the current gates of that sub-layer."""
-        modulations = [self._part(stream, "mod")(state.vec) for stream in _STREAMS]
+        modulations = self._modulations(state)
         for update, gate in ((attention, 2), (mlp, 5)):
             if update is not None:
-                halves = [update[:, : state.n_video], update[:, state.n_video :]]
-                state = self._add(state, [m[gate] for m in modulations], halves)
+                halves = (update[:, : state.n_video], update[:, state.n_video :])
+                parts = zip(state.streams, halves, modulations, strict=True)
+                state = state.with_streams(*(gated_residual(x, y, m[gate]) for x, y, m in parts))
         return state
 
     def _part(self, stream: Stream, name: str) -> Any:
         return getattr(self, f"{stream}_{name}")
 
-    def _add(self, state: State, gates: list[Tensor], updates: list[Tensor]) -> State:
-        video = _gated(state.video, gates[0], updates[0])
-        text = _gated(state.text, gates[1], updates[1])
-        return state.with_tokens(torch.cat((video, text), dim=1))
+    def _modulations(self, state: State) -> list[tuple[Tensor, ...]]:
+        """Each stream's shift, scale and gate of attention, then those of the MLP."""
+        return [self._part(stream, "mod")(state.vec) for stream in _STREAMS]
 
     def _attention(self, state: State, modulations: list[tuple[Tensor, ...]]) -> list[Tensor]:
-        turn = (state.rope[0][: state.n_video], state.rope[1][: state.n_video])
-        shift, scale = modulations[0][:2]
-        q, k, v = self._project("img", adaln_modulate(state.video, shift, scale), turn)
-        shift, scale = modulations[1][:2]
-        text = self._project("txt", adaln_modulate(state.text, shift, scale), None)
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip((q, k, v), text, strict=True))
-        out = _attend(q, k, v, state.kv_lengths)
-        halves = (out[:, : state.n_video], out[:, state.n_video :])
+        """Both streams' updates before the gates."""
+        video, text = (
+            self._project(stream, adaln_modulate(tokens, *modulation[:2]))
+            for stream, tokens, modulation in zip(_STREAMS, state.streams, modulations, strict=True)
+        )
+        q, k, v = qk_norm_rope(
+            video,
+            *self._norms("img"),
+            *state.rope,
+            text,
+            *self._norms("txt"),
+            heads=self.heads,
+            rope_tokens=state.n_video,
+        )
+        out = attention(q, k, v, kv_lengths=state.kv_lengths)
+        halves = (out[:, :, : state.n_video], out[:, :, state.n_video :])
         return [
-            self._part(stream, "attn_proj")(half)
+            self._part(stream, "attn_proj")(_join_heads(half))
             for stream, half in zip(_STREAMS, halves, strict=True)
         ]
 
-    def _project(
-        self, stream: Stream, x: Tensor, rope: Rope | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        q_weight = self._part(stream, "attn_q_norm").weight
-        k_weight = self._part(stream, "attn_k_norm").weight
-        if self.split_qkv:
-            q, k, v = (
-                self._part(stream, f"attn_{part}")(x).unflatten(-1, (1, self.heads, -1))
-                for part in "qkv"
-            )
-            q = normalise_and_rotate(q, q_weight.unsqueeze(0), rope)
-            k = normalise_and_rotate(k, k_weight.unsqueeze(0), rope)
-            return q.squeeze(2), k.squeeze(2), v.squeeze(2)
-        qkv = self._part(stream, "attn_qkv")(x)
-        qk, v = torch.split(qkv.view(*qkv.shape[:2], 3, self.heads, -1), [2, 1], dim=2)
-        q, k = normalise_and_rotate(qk, torch.stack((q_weight, k_weight)), rope).unbind(2)
-        return q, k, v.squeeze(2)
+    def _norms(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Weights of the query and key norms."""
+        names = ("attn_q_norm", "attn_k_norm")
+        q_weight, k_weight = (self._part(stream, name).weight for name in names)
+        return q_weight, k_weight
 
-    def _mlp(self, state: State, modulations: list[tuple[Tensor, ...]]) -> list[Tensor]:
-        updates = []
-        for stream, part, modulation in zip(
-            _STREAMS, (state.video, state.text), modulations, strict=True
-        ):
-            shift, scale = modulation[3:5]
-            updates.append(self._part(stream, "mlp")(adaln_modulate(part, shift, scale)))
-        return updates
+    def _project(self, stream: Stream, x: Tensor) -> Tensor:
+        """Project tokens to queries, keys and values side by side, [B, N, 3C]."""
+        if not self.split_qkv:
+            packed: Tensor = self._part(stream, "attn_qkv")(x)
+            return packed
+        # Joining the weights costs less than joining what they make of the tokens.
+        layers = [self._part(stream, f"attn_{part}") for part in "qkv"]
+        weight = torch.cat([layer.weight for layer in layers])
+        return F.linear(x, weight, torch.cat([layer.bias for layer in layers]))
 
 
 class FinalLayer(nn.Module):
@@ -247,6 +263,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         """Map video tokens [B, N, C] and vec [B, C] to patches [B, N, values]."""
-        shift, scale = self.adaLN_modulation(vec).chunk(2, dim=-1)
+        # The SiLU of the released layout is applied once for the whole model, in `State.vec`.
+        shift, scale = self.adaLN_modulation[1](vec).chunk(2, dim=-1)
         out: Tensor = self.linear(adaln_modulate(x, shift, scale))
         return out

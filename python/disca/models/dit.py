@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +29,7 @@ from disca.models.inputs import check_inputs
 from disca.models.rope import rope_tables
 from disca.models.state import State
 from disca.models.weights import canonical_keys, fill_from, read_state_dict
+from disca_kernels import forward_mode
 
 __all__ = ["DiT", "load_dit"]
 
@@ -60,7 +62,8 @@ class DiT(nn.Module):
     Attributes:
         config: shape of the model.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its
-            activations. Only plain mode does; forward-mode passes keep them.
+            activations, in plain mode and under `disca_kernels.dual.jvp`; passes under
+            `torch.func` and `forward_ad` keep them.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -219,21 +222,22 @@ class DiT(nn.Module):
         video = self.img_in(x)
         text, lengths = self._embed_text(t, cond, width)
         # Under autocast the layer norms of some text embedders leave float32.
-        tokens = torch.cat((video, text.to(video.dtype)), dim=1)
+        text = text.to(video.dtype)
+        # Each kind of block starts from the layout that it works on.
+        parts = (video, text) if self.double_blocks else (torch.cat((video, text), dim=1),)
         grid = tuple(
             size // patch for size, patch in zip(x.shape[2:], self.config.patch, strict=True)
         )
         assert len(grid) == 3
         rope = rope_tables(
             grid,
-            text.shape[1],
             self.config.rope_dims,
             self.config.rope_theta,
-            dtype=torch.float64 if tokens.dtype == torch.float64 else torch.float32,
-            device=tokens.device,
+            dtype=torch.float64 if video.dtype == torch.float64 else torch.float32,
+            device=video.device,
         )
-        vec = self._embed_vector(t, r, cond, width)
-        return State(tokens, video.shape[1], vec, rope, lengths + video.shape[1], grid)
+        vec = F.silu(self._embed_vector(t, r, cond, width))
+        return State(parts, video.shape[1], vec, rope, lengths + video.shape[1], grid)
 
     def run(self, state: State, start: int = 0, stop: int | None = None) -> State:
         """Run some of the blocks.
@@ -246,7 +250,7 @@ class DiT(nn.Module):
         Returns:
             The state after block `stop - 1`.
         """
-        recompute = self._recomputes(state)
+        recompute = self._recomputes()
         for block in self.blocks[start:stop]:
             state = checkpoint(block, state, use_reentrant=False) if recompute else block(state)
         return state
@@ -279,11 +283,15 @@ class DiT(nn.Module):
         else:
             zero_linear(self.time_r_in.mlp[2])
 
-    def _recomputes(self, state: State) -> bool:
+    def _recomputes(self) -> bool:
+        """Whether the backward pass is to run each block again.
+
+        PyTorch's own forward mode cannot replay a block; `dual.jvp` can, since the backward pass
+        reads nothing of the tangent.
+        """
         if not self.gradient_checkpointing or not torch.is_grad_enabled():
             return False
-        # Recomputation replays a block outside the forward-mode pass that it belonged to.
-        return type(state.tokens) is Tensor and not torch._C._are_functorch_transforms_active()
+        return not (forward_mode.active() or torch._C._are_functorch_transforms_active())
 
     def _embed_vector(
         self, t: Tensor, r: Tensor | None, cond: Condition, width: float | Tensor

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from disca_kernels import attention, timestep_features
+from disca_kernels import attention, gated_residual, timestep_features
 
 __all__ = [
     "GlyphMapper",
@@ -32,7 +32,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(in_channels, hidden, kernel_size=patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map a latent [B, C_in, F, H, W] to tokens [B, N, C], the column index running fastest."""
+        """Map a latent [B, C_in, F, H, W] to tokens [B, N, C], the column index running fastest.
+
+        A sampler accumulates latents in float32; layers in half precision read them rounded.
+        """
+        if self.proj.weight.dtype.itemsize < 4:
+            x = x.to(self.proj.weight.dtype)
         batch, channels, frames, rows, columns = x.shape
         p_f, p_h, p_w = self.patch
         grid = (frames // p_f, rows // p_h, columns // p_w)
@@ -116,13 +121,12 @@ class RefinerBlock(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor, lengths: Tensor) -> Tensor:
         """Map tokens [B, L, C] with `lengths` [B] real ones, gated by vec [B, C]."""
-        gate_attention, gate_mlp = self.adaLN_modulation(vec).unsqueeze(1).chunk(2, dim=-1)
+        gate_attention, gate_mlp = self.adaLN_modulation(vec).chunk(2, dim=-1)
         qkv = self.self_attn_qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         attended = attention(q, k, v, kv_lengths=lengths).transpose(1, 2).flatten(2)
-        x = x + gate_attention * self.self_attn_proj(attended)
-        x = x + gate_mlp * self.mlp(self.norm2(x))
-        return x
+        x = gated_residual(x, self.self_attn_proj(attended), gate_attention)
+        return gated_residual(x, self.mlp(self.norm2(x)), gate_mlp)
 
 
 class _Refiner(nn.Module):

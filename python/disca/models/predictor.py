@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disca.errors import UserError
@@ -17,6 +16,7 @@ from disca.models.host import Host
 from disca.models.init import initialise, zero_linear
 from disca.models.state import State
 from disca.models.weights import canonical_keys, fill_from, read_state_dict
+from disca_kernels import cache_read
 
 __all__ = ["Predictor", "load_predictor"]
 
@@ -104,13 +104,13 @@ class Predictor(nn.Module):
         Raises:
             UserError: if the cache has another shape than the tokens.
         """
-        if cache.shape != state.tokens.shape:
+        if cache.shape != state.shape:
             raise UserError(
-                f"the cache must have the shape of the tokens {list(state.tokens.shape)}, got "
+                f"the cache must have the shape of the tokens {list(state.shape)}, got "
                 f"{list(cache.shape)}; it belongs to another batch, resolution or model"
             )
         blocks = self.mm_single_blocks if self.block == "single" else self.double_blocks
-        fused = state.with_tokens(self._fuse(state, cache))
+        fused = self._fuse(state, cache)
         for block in blocks:
             fused = block(fused)
         tokens = fused.tokens
@@ -134,12 +134,14 @@ class Predictor(nn.Module):
         own = sum(parameter.numel() for parameter in self.parameters())
         return own / sum(parameter.numel() for parameter in host.parameters())
 
-    def _fuse(self, state: State, cache: Tensor) -> Tensor:
+    def _fuse(self, state: State, cache: Tensor) -> State:
         if self.block == "single":
-            return _apply_fusion(self.fusion_mlp, state.tokens, cache)
-        video = _apply_fusion(self.fusion_mlp_img, state.video, cache[:, : state.n_video])
-        text = _apply_fusion(self.fusion_mlp_txt, state.text, cache[:, state.n_video :])
-        return torch.cat((video, text), dim=1)
+            return state.with_tokens(_apply_fusion(self.fusion_mlp, state.tokens, cache))
+        cached = state.with_tokens(cache)
+        return state.with_streams(
+            _apply_fusion(self.fusion_mlp_img, state.video, cached.video),
+            _apply_fusion(self.fusion_mlp_txt, state.text, cached.text),
+        )
 
 
 def load_predictor(
@@ -183,7 +185,5 @@ def _apply_fusion(fusion: nn.Sequential, current: Tensor, cache: Tensor) -> Tens
     """Apply the MLP to [current, cache] without joining them."""
     first, last = fusion[0], fusion[2]
     assert isinstance(first, nn.Linear)
-    weight_current, weight_cache = first.weight.chunk(2, dim=1)
-    inner = F.linear(current, weight_current, first.bias) + F.linear(cache, weight_cache)
-    fused: Tensor = last(F.silu(inner))
+    fused: Tensor = last(cache_read(current, cache, first.weight, first.bias))
     return fused

@@ -16,6 +16,7 @@ from disca.cache import Decision, LearnedPredictor, Policy
 from disca.errors import UserError
 from disca.sample.schedule import check_schedule
 from disca.sample.steps import resolve_full_steps
+from disca_kernels import mean_velocity_step
 
 if TYPE_CHECKING:
     from disca.models.condition import Condition
@@ -134,7 +135,8 @@ def mean_velocity(
     """
     x, times = _start(x, schedule)
     for index, (t, r) in enumerate(pairwise(times)):
-        x = _advance(x, u(x, t.expand(len(x)), r.expand(len(x))), t, r)
+        start, end = t.expand(len(x)), r.expand(len(x))
+        x = mean_velocity_step(x, u(x, start, end), start, end)
         if callback is not None:
             callback(Step(index, float(t), float(r), x))
     return x
@@ -203,10 +205,15 @@ def cached_sample(
     kept: list[Tensor] = []
     started = _clock(x)
     for index, (t, r) in enumerate(pairwise(times)):
-        state = host.embed(x, t.expand(len(x)), r.expand(len(x)) if host.mean_flow else None, cond)
-        full = policy.step(index, state) is Decision.COMPUTE
-        state = policy.compute(host, state) if full else policy.skip(host, state)
-        x = _advance(x, host.head(state), t, r)
+        start, end = t.expand(len(x)), r.expand(len(x))
+        whole = policy.whole_step(index)
+        if whole is not None:
+            x, full = whole(x, start, end, cond), False
+        else:
+            state = host.embed(x, start, end if host.mean_flow else None, cond)
+            full = policy.step(index, state) is Decision.COMPUTE
+            state = policy.compute(host, state) if full else policy.skip(host, state)
+            x = mean_velocity_step(x, host.head(state), start, end)
         if trajectory:
             kept.append(x)
         if callback is not None:
@@ -266,11 +273,7 @@ def _start(x: Tensor, schedule: Tensor) -> tuple[Tensor, Tensor]:
     """Check the schedule; return the noise in its accumulation type and the times beside it."""
     check_schedule(schedule)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x, schedule.to(device=x.device)
-
-
-def _advance(x: Tensor, u: Tensor, t: Tensor, r: Tensor) -> Tensor:
-    return x - (t - r).to(x.dtype) * u.to(x.dtype)
+    return x, schedule.to(x.device, torch.promote_types(schedule.dtype, torch.float32))
 
 
 def _clock(x: Tensor) -> float:
