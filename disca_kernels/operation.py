@@ -52,7 +52,6 @@ class FusedOperation:
         unbatched: operands whose first dimension is not the batch, such as weights.
         constant: operands without a derivative.
         passthrough: operands whose gradient is the cotangent of an output, by that output's number.
-        keeps: whether there are extras.
     """
 
     def __init__(
@@ -70,7 +69,6 @@ class FusedOperation:
         unbatched: Sequence[str] = (),
         constant: Sequence[str] = (),
         passthrough: Mapping[str, int] | None = None,
-        keeps: bool = False,
     ) -> None:
         """Register the operators and make the Functions."""
         self.name, self.operands, self.outputs = name, tuple(operands), outputs
@@ -78,7 +76,9 @@ class FusedOperation:
         self.saved = tuple(operands if saved is None else saved)
         self.like = dict(like or {})
         self.unbatched, self.constant = frozenset(unbatched), frozenset(constant)
-        self.passthrough, self.keeps = dict(passthrough or {}), keeps
+        self.passthrough = dict(passthrough or {})
+        extras = {name for name in self.saved if name.startswith("result")}
+        self.keeps = bool(extras - {f"result{i}" for i in range(outputs)})
         self._kernels = KernelOperators(self, options)
         title = "".join(part.capitalize() for part in name.split("_"))
         self._gradient_function = gradient_function(self, f"{title}GradientFunction")

@@ -91,7 +91,6 @@ TOY = Toy(
     like={"x": "result2", "shift": "result2", "bias": "weight"},
     unbatched=("weight", "table", "bias"),
     constant=("table",),
-    keeps=True,
 )
 BOTH = pytest.mark.parametrize("backend", [Backend.CPU, Backend.EAGER], ids=str)
 

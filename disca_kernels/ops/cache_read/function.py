@@ -25,5 +25,4 @@ OPERATION = FusedOperation(
     fake=_fake,
     saved=("current", "cache", "weight", "bias", "result1"),
     unbatched=("weight", "bias"),
-    keeps=True,
 )
