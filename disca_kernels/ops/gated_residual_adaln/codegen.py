@@ -36,12 +36,15 @@ _SHAPES = [
     ModulatedShape("fp32", "fp32", 8192),
     ModulatedShape("bf16", "fp32", 8192, per_token=True),
 ]
-_OF_RESIDUAL = frozenset({"dx", "dy", "dgate", "sum_gate"})
-_OF_MODULATION = frozenset({"dshift", "dscale", "sum", "sum_x_hat"})
+# What the launches of a backward pass write where one is not enough.
+_PARTS = {
+    "modulation": frozenset({"dshift", "dscale", "sum", "sum_x_hat"}),
+    "residual": frozenset({"dx", "dy", "dgate", "sum_gate"}),
+}
 
 
-def _spec(mode: str, shape: ModulatedShape, unwanted: frozenset[str] = frozenset()) -> KernelSpec:
-    """Return one kernel as its launcher calls it, but for some outputs."""
+def _spec(mode: str, shape: ModulatedShape, without: str = "") -> KernelSpec:
+    """Return one kernel as its launcher calls it, `without` a part of the gradients."""
     from disca_kernels.ops.gated_residual_adaln.triton import LIVE_ROWS
     from disca_kernels.triton_common.rows import tile
 
@@ -51,7 +54,7 @@ def _spec(mode: str, shape: ModulatedShape, unwanted: frozenset[str] = frozenset
         tokens = name.removeprefix("d").startswith(("x", "y", "h"))
         return shape.dtype if tokens else shape.modulation_dtype
 
-    operands, absent = _OPERANDS[mode], shape.absent(mode) | unwanted
+    operands, absent = _OPERANDS[mode], shape.absent(mode) | _PARTS.get(without, frozenset())
     pointers = {f"p_{n}": f"*{dtype_of(n)}" for n in operands if n not in absent}
     strides = {f"stride_{s}": "i32" for suffixes in operands.values() for s in suffixes.split()}
     sizes = {"N": "i32", "C": "i32", "eps": "fp32"}
@@ -72,7 +75,7 @@ def _spec(mode: str, shape: ModulatedShape, unwanted: frozenset[str] = frozenset
         },
         divisible=(*pointers, *strides, "C"),
         num_warps=num_warps,
-        label=str(shape),
+        label=f"{shape}, without {without}" if without else str(shape),
     )
 
 
@@ -89,7 +92,7 @@ def _plan(shape: ModulatedShape) -> tuple[int, int, int, bool]:
 def _backward(shape: ModulatedShape) -> list[KernelSpec]:
     """Return the launches of the backward pass."""
     if _plan(shape)[-1]:
-        return [_spec("bwd", shape, part) for part in (_OF_RESIDUAL, _OF_MODULATION)]
+        return [_spec("bwd", shape, part) for part in _PARTS]
     return [_spec("bwd", shape)]
 
 
