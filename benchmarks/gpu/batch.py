@@ -11,6 +11,7 @@ FAILED = 3
 TIERS = {
     "attention": ("first", "second", "third", "fourth"),
     "adaln_modulate": ("second", "third"),
+    "cache_read": ("second", "third"),
     "gated_residual": ("second", "third"),
     "gated_residual_adaln": ("second", "third"),
     "gelu_tanh": ("second", "third"),

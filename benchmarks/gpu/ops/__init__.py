@@ -5,6 +5,7 @@ from benchmarks.gpu.model import Op
 from benchmarks.gpu.ops import (
     adaln_modulate,
     attention,
+    cache_read,
     gated_residual,
     gated_residual_adaln,
     gelu_tanh,
@@ -20,6 +21,7 @@ OPS: dict[str, Op] = {
     for module in (
         attention,
         adaln_modulate,
+        cache_read,
         gated_residual,
         gated_residual_adaln,
         gelu_tanh,

@@ -94,13 +94,13 @@ class CacheReadCase:
         )
 
     def flops(self, mode: str) -> int:
-        """Count floating-point operations of the matrix products of "fwd", "bwd" or "jvp"."""
+        """Count floating-point operations of the matrix products of "fwd", "bwd" or "jvp".
+
+        Gradients are those of the operands that move.
+        """
         half = 2 * self.batch * self.n_tokens * self.n_channels * self._width
-        if mode == "jvp":
-            return half * (
-                2 + ("c" in self.moving) + ("h" in self.moving) + 2 * ("w" in self.moving)
-            )
-        return half * {"fwd": 2, "bwd": 4}[mode]
+        moving = ("c" in self.moving) + ("h" in self.moving) + 2 * ("w" in self.moving)
+        return half * {"fwd": 2, "jvp": 2 + moving, "bwd": moving}[mode]
 
     def bytes_moved(self, mode: str) -> int:
         """Count the bytes that `mode` must read and write once."""
@@ -112,11 +112,14 @@ class CacheReadCase:
             "b": width * self.has_bias,
         }
         primals, y = sum(one.values()), n_rows * width
+        moving = sum(one[letter] for letter in self.moving)
+        # dy and z; the weight's halves for the gradients of tokens, and tokens for the weight's.
+        read = 2 * y + sum(one["w"] // 2 for letter in "ch" if letter in self.moving)
+        read += (one["c"] + one["h"]) * ("w" in self.moving)
         elements = {
             "fwd": primals + y,
-            # dy and z; current, cache and weight, and the gradient of every operand
-            "bwd": 2 * y + 2 * primals - one["b"],
-            "jvp": primals + sum(one[letter] for letter in self.moving) + 2 * y,
+            "jvp": primals + moving + 2 * y,
+            "bwd": read + moving,
         }[mode]
         return elements * self.dtype.itemsize
 

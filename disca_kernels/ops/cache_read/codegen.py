@@ -10,7 +10,12 @@ _TANGENTS = ("current_dot", "cache_dot", "weight_dot")
 _STRIDES = ("cb", "cn", "hb", "hn", "wh", "wn")
 _STRIDES_OF_TANGENTS = ("cdb", "cdn", "hdb", "hdn", "wdh", "wdn")
 # What moves in each kernel: in a predictor's training the current tokens alone.
-_MOVING = {"fwd": (), "jvp": ("current_dot",), "jvp_weight": (*_TANGENTS, "p_bias_dot")}
+_MOVING: dict[str, tuple[str, ...]] = {
+    "fwd": (),
+    "fwd_keep": (),
+    "jvp": ("current_dot",),
+    "jvp_weight": (*_TANGENTS, "p_bias_dot"),
+}
 
 
 def spec(
@@ -19,7 +24,8 @@ def spec(
     """Return one kernel as its launcher calls it.
 
     Args:
-        kernel: "fwd", "jvp" (a tangent of the current tokens) or "jvp_weight" (all tangents).
+        kernel: "fwd", "fwd_keep", "jvp" (a tangent of the current tokens) or "jvp_weight" (every
+            tangent).
         arch: compute capability times ten.
         dtype: Triton's name of the operands' dtype.
         tma: whether operands are tensor descriptors; by default if the device has them.
@@ -29,8 +35,10 @@ def spec(
     tma = has_descriptors(arch, itemsize) if tma is None else tma
     tile = tile or getattr(tiles_for(arch, itemsize, tma), kernel)
     name, moving = kernel.partition("_")[0], _MOVING[kernel]
-    present = (*_PRIMALS, *moving, "p_bias", "y", "z", *["y_dot"] * (name == "jvp"))
-    absent = set() if name == "fwd" else {*_TANGENTS, "p_bias_dot"} - set(moving)
+    results = ("y",) if kernel == "fwd" else ("y", "z", *["y_dot"] * (name == "jvp"))
+    present = (*_PRIMALS, *moving, "p_bias", *results)
+    absent = {"z"} if name == "fwd" else {*_TANGENTS, "p_bias_dot"}
+    absent -= set(present)
     signature = {}
     for operand in present:
         rows = tile.block_n if operand.startswith("weight") else tile.block_m

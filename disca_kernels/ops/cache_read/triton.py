@@ -256,7 +256,7 @@ def launch_fwd(
     y, z = _results(current, weight, keep)
     if y.numel():
         arrays = [current, cache, _halves(weight)]
-        call = _call("fwd", arrays, [y, z if keep else None])
+        call = _call("fwd_keep" if keep else "fwd", arrays, [y, z if keep else None])
         _cache_read_fwd_kernel[call.grid](
             *call.operands, bias, *call.results, *call.numbers, **call.constants
         )
