@@ -18,8 +18,7 @@
 #define DISCA_CHOOSE_VARIANT() \
   ::disca::choose_variant(baseline::kernels, &avx2::kernels, &avx512::kernels)
 #else
-#define DISCA_CHOOSE_VARIANT() \
-  ::disca::choose_variant(baseline::kernels, decltype(&baseline::kernels){}, nullptr)
+#define DISCA_CHOOSE_VARIANT() ::disca::choose_variant(baseline::kernels)
 #endif
 
 namespace disca {
@@ -27,7 +26,8 @@ namespace disca {
 // The widest that the processor runs, or the one that the environment variable DISCA_CPU_ISA names.
 // avx512_bf16, which only attention has, means avx512 here.
 template <typename Table>
-const Table& choose_variant(const Table& baseline, const Table* avx2, const Table* avx512) {
+const Table& choose_variant(const Table& baseline, const Table* avx2 = nullptr,
+                            const Table* avx512 = nullptr) {
 #if defined(DISCA_HAS_X86_LEVELS)
   if (!__builtin_cpu_supports("x86-64-v4")) avx512 = nullptr;
   if (!__builtin_cpu_supports("x86-64-v3")) avx2 = nullptr;

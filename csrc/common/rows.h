@@ -114,14 +114,14 @@ template <typename Body>
 void parallel_for(std::int64_t tasks, int threads, std::int64_t floats, const Body& body) {
   const std::int64_t stride = Scratch::padded(floats);
   const Scratch scratch(threads * stride);
+#if defined(_OPENMP)
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (std::int64_t task = 0; task < tasks; ++task) {
-#if defined(_OPENMP)
     body(task, scratch.get() + omp_get_thread_num() * stride);
-#else
-    body(task, scratch.get());
-#endif
   }
+#else
+  for (std::int64_t task = 0; task < tasks; ++task) body(task, scratch.get());
+#endif
 }
 
 }  // namespace disca

@@ -66,6 +66,8 @@ DISCA_ALWAYS_INLINE Vec settled(Vec v) {
   asm("" : "+v"(v));
 #elif defined(__SSE2__)
   asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
 #endif
   return v;
 }
