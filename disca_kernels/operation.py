@@ -50,7 +50,7 @@ class FusedOperation:
         saved: what `launch_bwd` gets: names of operands, or "result0" and so on.
         like: for an operand that is not saved, the name of something saved of its shape and dtype.
         unbatched: operands whose first dimension is not the batch, such as weights.
-        constant: operands without a derivative.
+        constant: operands without a derivative; a gradient or tangent of one is refused.
         passthrough: operands whose gradient is the cotangent of an output, by that output's number.
     """
 

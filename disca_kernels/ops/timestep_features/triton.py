@@ -106,8 +106,14 @@ def _block(half: int) -> int:
     return min(max(triton.next_power_of_2(half), 32), _MAX_BLOCK)
 
 
-def launch_fwd(t: Tensor, dim: int, scale: float, max_period: float) -> Tensor:
+Operands = tuple[Tensor, Tensor | None]
+Options = tuple[float, int, float, float]
+"""Width where there is none per sample, dim, scale, max_period."""
+
+
+def launch_fwd(operands: Operands, options: Options, keep: bool) -> tuple[Tensor]:
     """Return the features of [B, dim] in float32."""
+    t, (_, dim, scale, max_period) = operands[0], options
     features = torch.empty((t.shape[0], dim), dtype=torch.float32, device=t.device)
     half = dim // 2
     block = _block(half)
@@ -116,36 +122,40 @@ def launch_fwd(t: Tensor, dim: int, scale: float, max_period: float) -> Tensor:
             t, _table(dim, max_period, t.device), features, t.stride(0), half, dim, scale,
             BLOCK=block, num_warps=1,
         )  # fmt: skip
-    return features
+    return (features,)
 
 
 def launch_jvp(
-    t: Tensor,
-    t_dot: Tensor,
-    width: Tensor | float,
-    dim: int,
-    scale: float,
-    max_period: float,
-    *,
+    primals: Operands,
+    tangents: tuple[Tensor | None, None],
+    options: Options,
     with_value: bool,
-) -> tuple[Tensor | None, Tensor]:
+    keep: bool,
+) -> tuple[tuple[Tensor] | None, tuple[Tensor]]:
     """Return the features (None unless `with_value`) and their tangent, both [B, dim] float32."""
+    (t, widths), t_dot = primals, tangents[0]
+    width, dim, scale, max_period = options
+    if t_dot is None:
+        value = launch_fwd(primals, options, keep)
+        return value if with_value else None, (torch.zeros_like(value[0]),)
     features_dot = torch.empty((t.shape[0], dim), dtype=torch.float32, device=t.device)
     features = torch.empty_like(features_dot) if with_value else None
     half = dim // 2
     block = _block(half)
-    per_sample = isinstance(width, Tensor)
     if features_dot.numel():
         _timestep_features_jvp_kernel[(t.shape[0], triton.cdiv(half, block))](
-            t, t_dot, width if per_sample else None, _table(dim, max_period, t.device), features,
-            features_dot, t.stride(0), t_dot.stride(0), width.stride(0) if per_sample else 0,
-            half, dim, scale, 0.0 if per_sample else width, BLOCK=block, num_warps=1,
+            t, t_dot, widths, _table(dim, max_period, t.device), features, features_dot,
+            t.stride(0), t_dot.stride(0), 0 if widths is None else widths.stride(0),
+            half, dim, scale, width, BLOCK=block, num_warps=1,
         )  # fmt: skip
-    return features, features_dot
+    return None if features is None else (features,), (features_dot,)
 
 
-def launch_bwd(dfeatures: Tensor, t: Tensor, dim: int, scale: float, max_period: float) -> Tensor:
+def launch_bwd(
+    cotangents: tuple[Tensor], saved: tuple[Tensor], needs: tuple[bool, bool], options: Options
+) -> tuple[Tensor, None]:
     """Return dt of [B] in the dtype of t."""
+    (dfeatures,), (t,), (_, dim, scale, max_period) = cotangents, saved, options
     dt = torch.empty((t.shape[0],), dtype=t.dtype, device=t.device)
     half = dim // 2
     if dt.numel():
@@ -153,4 +163,4 @@ def launch_bwd(dfeatures: Tensor, t: Tensor, dim: int, scale: float, max_period:
             t, _table(dim, max_period, t.device), dfeatures, dt, t.stride(0),
             *dfeatures.stride(), half, scale, BLOCK=_block(half), num_warps=1,
         )  # fmt: skip
-    return dt
+    return dt, None
