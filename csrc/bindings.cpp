@@ -7,6 +7,7 @@
 #include "adaln_modulate/adaln_modulate.h"
 #include "attention/attention.h"
 #include "attention/attention_cuda_bindings.h"
+#include "cache_read/cache_read.h"
 #include "common/checks.h"
 #include "gated_residual/gated_residual.h"
 #include "gated_residual_adaln/gated_residual_adaln.h"
@@ -59,6 +60,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this binary was built from and for.");
   disca::register_adaln_modulate(m);
   disca::register_attention(m);
+  disca::register_cache_read(m);
   disca::register_gated_residual(m);
   disca::register_gated_residual_adaln(m);
   disca::register_gelu_tanh(m);

@@ -164,6 +164,19 @@ def qk_norm_rope_bwd_cpu(
     threads: int,
 ) -> None: ...
 
+# Of cache_read, shape is B, N, C, O; a weight is (address, stride of its rows); pairs are of current
+# and cache, or of a primal and its tangent; biases are addresses of float32; outputs y, z, y_dot.
+def cache_read_cpu(
+    shape: tuple[int, ...],
+    dtype: str,
+    tokens: tuple[_Rows, _Rows],
+    tokens_dot: tuple[_Rows | None, _Rows | None],
+    weights: tuple[tuple[int, int], tuple[int, int]],
+    biases: tuple[int, int],
+    outputs: tuple[int, ...],
+    threads: int,
+) -> None: ...
+
 # Of gelu_tanh and swiglu, shape is that of y without its prefix, dtype that of x; pairs are of a
 # primal and its tangent; biases and their gradients are addresses of float32, 0 for none.
 _Prefix = tuple[int, ...]  # address, strides of batch, heads and tokens

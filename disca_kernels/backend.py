@@ -42,7 +42,7 @@ class BackendError(RuntimeError):
 IMPLEMENTATIONS: dict[str, tuple[Backend, ...]] = {
     "adaln_modulate": (Backend.TRITON, Backend.CUDA, Backend.CPU, Backend.EAGER),
     "attention": (Backend.TRITON, Backend.CUDA, Backend.CPU, Backend.EAGER),
-    "cache_read": (Backend.TRITON, Backend.EAGER),
+    "cache_read": (Backend.TRITON, Backend.CPU, Backend.EAGER),
     "gated_residual": (Backend.TRITON, Backend.CPU, Backend.EAGER),
     "gated_residual_adaln": (Backend.TRITON, Backend.CPU, Backend.EAGER),
     "gelu_tanh": (Backend.TRITON, Backend.CPU, Backend.EAGER),

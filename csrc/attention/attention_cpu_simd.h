@@ -2,6 +2,7 @@
 // What attention adds to the vectors of common/simd.h: products of pairs of bfloat16 values.
 #pragma once
 
+#include "common/gemm.h"
 #include "common/simd.h"
 
 namespace disca {
@@ -11,11 +12,6 @@ namespace DISCA_ISA {
 using namespace ::disca::DISCA_ISA;
 
 namespace {
-
-// Two bfloat16 values that are multiplied and added in one instruction.
-struct Pair {
-  std::uint32_t bits;
-};
 
 #if defined(__AVX512BF16__)
 constexpr bool kHasPairs = true;

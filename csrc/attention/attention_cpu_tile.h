@@ -3,12 +3,16 @@
 #pragma once
 
 #include "attention/attention_cpu.h"
-#include "attention/attention_cpu_gemm.h"
+#include "attention/attention_cpu_simd.h"
 
 namespace disca {
 namespace attention {
 namespace DISCA_ISA {
 namespace {
+
+// Queries and keys of one tile of scores; multiples of kRows and kPanel for every instruction set.
+constexpr int kTileQueries = 96;
+constexpr int kTileKeys = 192;
 
 DISCA_ALWAYS_INLINE std::int64_t valid_keys(const Problem& p, std::int64_t b) {
   if (p.kv_lengths == nullptr) return p.n_keys;

@@ -9,13 +9,17 @@
 //   packed B        [panel][step][kPanel], the last panel kVec wide if the vectors are odd
 #pragma once
 
-#include "attention/attention_cpu.h"
-#include "attention/attention_cpu_simd.h"
+#include "common/dtype.h"
+#include "common/simd.h"
 
 namespace disca {
-namespace attention {
 namespace DISCA_ISA {
 namespace {
+
+// Two bfloat16 values that are multiplied and added in one instruction.
+struct Pair {
+  std::uint32_t bits;
+};
 
 #if defined(__AVX512F__)
 constexpr int kRows = 12;  // 24 of the 32 registers accumulate
@@ -23,9 +27,6 @@ constexpr int kRows = 12;  // 24 of the 32 registers accumulate
 constexpr int kRows = 6;  // 12 of 16
 #endif
 constexpr int kPanel = 2 * kVec;
-// Queries and keys of one tile of scores; multiples of kRows and kPanel for every instruction set.
-constexpr int kTileQueries = 96;
-constexpr int kTileKeys = 192;
 
 template <class E>
 struct Element;
@@ -258,5 +259,4 @@ void pack_natural(Dtype dtype, const Source& x, std::int64_t n_rows, std::int64_
 
 }  // namespace
 }  // namespace DISCA_ISA
-}  // namespace attention
 }  // namespace disca
