@@ -18,8 +18,13 @@ from torch import Tensor
 from disca_kernels import (
     adaln_modulate,
     attention,
+    cache_read,
     gated_residual,
     gated_residual_adaln,
+    gelu_tanh,
+    mean_velocity_step,
+    qk_norm_rope,
+    swiglu,
     timestep_features,
 )
 
@@ -47,6 +52,7 @@ X, P, Z = Var(3, 4), Var(3, 4, kind="positive"), Var(3, 4, kind="complex")
 CUBE, ROW = Var(2, 3, 4), Var(4)
 INDEX = torch.tensor([[0, 2, 1, 0], [1, 1, 0, 2], [2, 0, 0, 1]])
 PICK = torch.tensor([2, 0])
+ANGLES = torch.arange(6, dtype=torch.float64).view(3, 2)
 MASK = torch.tensor([[True, False, True, True]])
 
 
@@ -179,7 +185,21 @@ CASES: dict[str, list[Case]] = {
         [CUBE, Var(2, 4), Var(2, 4)], ([CUBE, CUBE, CUBE], {"eps": 1e-3}),
         ([CUBE, Var(2, 4), Var(2, 4), Var(4)], {"bias": Var(4)}),
     ],
+    "cache_read": [
+        [CUBE, torch.ones(2, 3, 4).double(), Var(5, 8), Var(5)],
+        [CUBE, CUBE, torch.ones(5, 8).double()],
+    ],
     "gated_residual": [[CUBE, CUBE, Var(2, 4)], [CUBE, torch.ones(2, 3, 4).double(), CUBE]],
+    "gelu_tanh": [[CUBE, ROW, Var(2, 2, 3, 5)], [CUBE]],
+    "mean_velocity_step": [[CUBE, CUBE, Var(2), Var(2)]],
+    "qk_norm_rope": [
+        (
+            [Var(2, 3, 24), ROW, ROW, ANGLES.cos(), ANGLES.sin(), Var(2, 2, 24), ROW, ROW],
+            {"heads": 2},
+        ),
+        ([Var(2, 3, 24), None, Var(8), None, None], {"heads": 1, "interleaved": False}),
+    ],
+    "swiglu": [[CUBE, ROW], ([CUBE], {"gate_first": False})],
     "gated_residual_adaln": [
         [CUBE, CUBE, Var(2, 4), Var(2, 4), Var(2, 4)],
         ([CUBE, CUBE, CUBE, Var(2, 4), Var(2, 4)], {"weight": Var(4), "norm": "rms"}),
@@ -198,7 +218,10 @@ CASES: dict[str, list[Case]] = {
 #: Entered in the table for what they refuse, not for a derivative; test_dual_refusals has them.
 WITHOUT_A_CASE = {"half", "bfloat16", "cuda", "long", "int", "short", "char", "bool", "byte"}
 
-OURS = (attention, adaln_modulate, gated_residual, gated_residual_adaln, timestep_features)
+OURS = (
+    *(adaln_modulate, attention, cache_read, gated_residual, gated_residual_adaln, gelu_tanh),
+    *(mean_velocity_step, qk_norm_rope, swiglu, timestep_features),
+)
 
 
 class Kept:
