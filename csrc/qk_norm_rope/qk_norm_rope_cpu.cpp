@@ -41,7 +41,8 @@ void run(const Params& p, void (*kernel)(const Params&, std::int64_t, float*), i
 }
 
 // (B, N, H, D, rope_tokens, interleaved)
-using PyShape = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, bool>;
+using PyShape =
+    std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, bool>;
 using PyPair = std::pair<std::uintptr_t, std::uintptr_t>;
 // (address, stride_b, stride_h, stride_n)
 using PyHeads = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>;
@@ -78,7 +79,9 @@ Constants constants(const PyPair& weights, const PyPair& tables, const Shape& s,
   const auto [cos, sin] = tables;
   check(s.rope_tokens == 0 || (cos != 0 && sin != 0), "tables have addresses ", cos, " and ", sin,
         " for ", s.rope_tokens, " tokens that are turned");
-  const auto weight = [&](std::uintptr_t given) { return given == 0 ? ones.data() : floats(given); };
+  const auto weight = [&](std::uintptr_t given) {
+    return given == 0 ? ones.data() : floats(given);
+  };
   return {{weight(weights.first), weight(weights.second)}, floats(cos), floats(sin)};
 }
 
@@ -136,7 +139,7 @@ void backward_cpu(const PyShape& sizes, float eps, const std::string& dtype, con
 
 void register_qk_norm_rope(py::module_& m) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
-  // Pairs are of queries and keys, or cosines and sines, addresses of float32, 0 for what is absent.
+  // Pairs are of queries and keys, or cosines and sines: addresses of float32, 0 for none.
   m.def("qk_norm_rope_fwd_cpu", &qk_norm_rope::forward_cpu, nogil, py::arg("shape"), py::arg("eps"),
         py::arg("dtype"), py::arg("qkv"), py::arg("qkv_dot"), py::arg("weights"),
         py::arg("weight_dots"), py::arg("tables"), py::arg("values"), py::arg("tangents"),

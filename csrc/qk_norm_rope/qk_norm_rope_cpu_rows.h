@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels of qk_norm_rope_cpu.h. A file that includes this defines DISCA_ISA, the namespace they
-// go into, and is compiled for that instruction set.
+// The kernels of qk_norm_rope_cpu.h. A file that includes this defines DISCA_ISA, the name of their
+// namespace, and is compiled for that instruction set.
 #pragma once
 
 #include "common/simd.h"
@@ -35,6 +35,9 @@ struct Angles {
   const float* cos;
   const float* sin;
 };
+
+// value(i, part) of a row: its channels from i on.
+#define DISCA_CHANNELS [&](std::int64_t i, auto part) __attribute__((always_inline))
 
 // Stores a row whose channels value(i, part) returns, turned.
 template <Turn kTurn, typename T, typename Value>
@@ -91,29 +94,25 @@ DISCA_ALWAYS_INLINE void forward_row(const Row<T>& row, std::int64_t D, float ep
   const float rstd = 1.0f / __builtin_sqrtf(total(squares) / width + eps);
   const Vec factor = broadcast(rstd);
   if (row.y != nullptr) {
-    store_turned<kTurn>(row.y, D, angles, [&](std::int64_t i, auto part) __attribute__((
-                                              always_inline)) {
+    store_turned<kTurn>(row.y, D, angles, DISCA_CHANNELS {
       return load(x + i, part) * factor * load(weight + i, part);
     });
   }
   if (row.y_dot == nullptr) return;
   const Vec along = broadcast(rstd * rstd * (total(products) / width));
   if (x_dot != nullptr && weight_dot != nullptr) {
-    store_turned<kTurn>(row.y_dot, D, angles, [&](std::int64_t i, auto part) __attribute__((
-                                                  always_inline)) {
+    store_turned<kTurn>(row.y_dot, D, angles, DISCA_CHANNELS {
       const Vec v = load(x + i, part);
       const Vec v_dot = load(x_dot + i, part) - v * along;
       return (v_dot * load(weight + i, part) + v * load(weight_dot + i, part)) * factor;
     });
   } else if (x_dot != nullptr) {
-    store_turned<kTurn>(row.y_dot, D, angles, [&](std::int64_t i, auto part) __attribute__((
-                                                  always_inline)) {
+    store_turned<kTurn>(row.y_dot, D, angles, DISCA_CHANNELS {
       const Vec v_dot = load(x_dot + i, part) - load(x + i, part) * along;
       return v_dot * factor * load(weight + i, part);
     });
   } else {
-    store_turned<kTurn>(row.y_dot, D, angles, [&](std::int64_t i, auto part) __attribute__((
-                                                  always_inline)) {
+    store_turned<kTurn>(row.y_dot, D, angles, DISCA_CHANNELS {
       return load(x + i, part) * factor * load(weight_dot + i, part);
     });
   }
