@@ -32,7 +32,7 @@ def _spec(mode: str, dtype: str, u_dtype: str, time_dtype: str) -> KernelSpec:
         signature={**pointers, **strides, **dict.fromkeys(("L", *own), "i32")},
         constexprs={"BLOCK": BLOCK},
         divisible=(*pointers, *strides, "L", *(("per_split",) if mode == "bwd" else ())),
-        num_warps=NUM_WARPS,
+        num_warps=NUM_WARPS[mode],
         label=f"x {dtype}, u {u_dtype}, times {time_dtype}",
     )
 
