@@ -85,8 +85,12 @@ void run(Backward p, int threads) {
   for (std::int64_t b = 0; b < problem.n_batch; ++b) {
     // A sample without tokens has gradients too.
     float* total = per_sample == 0 ? zero.get() : sums_of(b * per_sample);
-    for (std::int64_t i = 1; i < per_sample; ++i) {
-      kernels.add(sums_of(b * per_sample + i), total, kSums * stride);
+    // In pairs, so that the error of a sum grows with the logarithm of the tokens.
+    for (std::int64_t step = 1; step < per_sample; step *= 2) {
+      for (std::int64_t i = 0; i + step < per_sample; i += 2 * step) {
+        const std::int64_t left = b * per_sample + i;
+        kernels.add(sums_of(left + step), sums_of(left), kSums * stride);
+      }
     }
     kernels.finish_sample(p, b, total, affine ? affine_sums.get() : nullptr);
   }
