@@ -19,21 +19,26 @@ class MeanVelocityStepCase:
 
     Attributes:
         shape: of x, the batch first.
-        dtype: of x.
+        x_dtype: of x.
         u_dtype: of u; None means that of x.
         time_dtype: of t and r.
     """
 
     shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
+    x_dtype: torch.dtype = torch.float32
     u_dtype: torch.dtype | None = None
     time_dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
         """Name the case in test and benchmark reports."""
-        dtypes = [self.dtype, self.u_dtype or self.dtype, self.time_dtype]
+        dtypes = [self.x_dtype, self.u_dtype or self.x_dtype, self.time_dtype]
         names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
         return "x".join(map(str, self.shape)) + f"-{names[0]}-u_{names[1]}-times_{names[2]}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The coarser of both dtypes: what the errors of all results are measured by."""
+        return max(self.x_dtype, self.u_dtype or self.x_dtype, key=lambda d: torch.finfo(d).eps)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -47,7 +52,7 @@ class MeanVelocityStepCase:
         inside = (slice(None), *(slice(1, n + 1) for n in self.shape[1:]))
 
         def normal(dtype: torch.dtype | None) -> Tensor:
-            full = torch.randn(larger, generator=generator).to(device, dtype or self.dtype)
+            full = torch.randn(larger, generator=generator).to(device, dtype or self.x_dtype)
             return full[inside]
 
         def times() -> Tensor:
@@ -70,8 +75,8 @@ class MeanVelocityStepCase:
             "bwd": (1, 2, 4),  # the gradient of x_r, which is that of x; u, du; t, r, dt, dr
             "jvp": (4, 2, 4),  # x and x_r, u, t and r, and their tangents
         }[mode]
-        wide = (self.u_dtype or self.dtype).itemsize
-        per_element = samples * self.dtype.itemsize + velocities * wide
+        wide = (self.u_dtype or self.x_dtype).itemsize
+        per_element = samples * self.x_dtype.itemsize + velocities * wide
         return (
             per_element * torch.Size(self.shape).numel()
             + times * self.shape[0] * self.time_dtype.itemsize
