@@ -34,8 +34,8 @@ void* shifted(void* data, std::int64_t columns, Dtype dtype);
 
 void run(const Forward& p, int threads);
 
-// Gradients of the biases of gate and up are [M] of float32, or nullptr. The same bits on any number
-// of threads.
+// Gradients of the biases of gate and up are [M] of float32, or nullptr. The same bits on any
+// number of threads.
 void run(const Backward& p, float* dgate_bias, float* dup_bias, int threads);
 
 }  // namespace activation
