@@ -133,8 +133,8 @@ def attention_jvp_cuda(
     stream: int,
 ) -> None: ...
 
-# Of qk_norm_rope pairs are of queries and keys, or of cosines and sines, addresses of float32, 0 for
-# what is absent; an output or cotangent is (address, strides of batch, heads and tokens).
+# Of qk_norm_rope pairs are of queries and keys, or of cosines and sines, addresses of float32, 0
+# for what is absent; an output or cotangent is (address, strides of batch, heads and tokens).
 _Pair = tuple[int, int]
 _Heads = list[tuple[int, ...] | None]
 
@@ -164,8 +164,9 @@ def qk_norm_rope_bwd_cpu(
     threads: int,
 ) -> None: ...
 
-# Of cache_read, shape is B, N, C, O; a weight is (address, stride of its rows); pairs are of current
-# and cache, or of a primal and its tangent; biases are addresses of float32; outputs y, z, y_dot.
+# Of cache_read, shape is B, N, C, O; a weight is (address, stride of its rows); pairs are of
+# current and cache, or of a primal and its tangent; biases are addresses of float32; outputs y, z,
+# y_dot.
 def cache_read_cpu(
     shape: tuple[int, ...],
     dtype: str,
