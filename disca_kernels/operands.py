@@ -57,3 +57,8 @@ def address(tensor: Tensor | None) -> int:
 def dtype_name(tensor: Tensor) -> str:
     """Return the dtype as C++ spells it, such as "bfloat16"."""
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def resolved(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Write out what PyTorch only marks as negated, such as `z.conj().imag`: kernels read bytes."""
+    return tuple(x if x is None else x.resolve_neg() for x in tensors)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from disca_kernels import forward_mode
 from disca_kernels.backend import Backend
@@ -97,9 +98,9 @@ class FusedOperation:
 
     def value(self, operands: Tensors, options: Options, backend: Backend) -> tuple[Tensor, ...]:
         """Compute the outputs, differentiable in the modes that the backend offers."""
+        self._refuse_tracked_constant(operands)
         if backend is Backend.EAGER and not forward_mode.active():
             return self.by_definition(operands, options)
-        self._refuse_tracked_constant(operands)
         # Neither the Function nor the operator is needed where nobody would see it.
         if not _is_tracked(operands) and unwatched(operands):
             return tuple(self.run("fwd", [*operands], *options, False, backend.value))[
@@ -115,11 +116,11 @@ class FusedOperation:
         """Compute (outputs, dots) in one pass; autograd tracks the outputs alone."""
         forward_mode.refuse_tangents(self._no_tangent_of_pair(), *primals, *tangents)
         self._refuse_constant(tangents)
+        self._refuse_tracked_constant(primals)
         dots = tuple(None if x is None else x.detach() for x in tangents)
         if backend is Backend.EAGER:
             outputs = self.by_definition(primals, options)
             return outputs, self._eager_tangent(primals, dots, options)
-        self._refuse_tracked_constant(primals)
         self._prepare_dual()
         keep = self._is_needed_later(primals)
         results = self._apply_dual(*primals, *dots, *options, keep, backend.value)
@@ -162,6 +163,7 @@ class FusedOperation:
             return (None,) * len(needs)
         if ctx.backend == Backend.EAGER:
             return self._eager_gradient(ctx, cotangents, needs)
+        self._refuse_legacy_batches(cotangents)
         asked = [
             need and name not in self.passthrough and name not in self.constant
             for name, need in zip(self.operands, needs, strict=True)
@@ -238,12 +240,22 @@ class FusedOperation:
                 )
 
     def _refuse_tracked_constant(self, operands: Tensors) -> None:
+        if not (self.constant and _is_tracked(operands)):
+            return
         for name, operand in zip(self.operands, operands, strict=True):
             if name in self.constant and operand is not None and operand.requires_grad:
                 raise NotImplementedError(
                     f"{self.name}: {name} is a constant and cannot have a gradient; pass "
                     f"{name}.detach(), or use {self.name}_reference, which is differentiable in it"
                 )
+
+    def _refuse_legacy_batches(self, cotangents: Tensors) -> None:
+        if any(x is not None and is_legacy_batchedtensor(x) for x in cotangents):
+            raise NotImplementedError(
+                f"{self.name}: is_grads_batched=True and vectorize=True go through PyTorch's old "
+                "vmap, which no kernel can follow. Use torch.func.jacrev or torch.vmap over "
+                "torch.func.vjp, or backend='eager'"
+            )
 
     def _no_tangent_of_pair(self) -> str:
         return (

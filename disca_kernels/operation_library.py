@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from disca_kernels import forward_mode
 from disca_kernels.batching import fold_named, in_a_loop, unfold
+from disca_kernels.operands import resolved
 
 if TYPE_CHECKING:
     from disca_kernels.operation import FusedOperation
@@ -73,9 +75,8 @@ class KernelOperators:
 
     def _fwd(self, operands: list[Tensor | None], *rest: Any) -> list[Tensor]:
         *options, keep, backend = rest
-        return [
-            *self.operation.launchers(backend).launch_fwd(tuple(operands), tuple(options), keep)
-        ]
+        launch = self.operation.launchers(backend).launch_fwd
+        return [*launch(resolved(operands), tuple(options), keep)]
 
     def _bwd(
         self,
@@ -86,7 +87,7 @@ class KernelOperators:
     ) -> list[Tensor]:
         *options, backend = rest
         gradients = self.operation.launchers(backend).launch_bwd(
-            tuple(cotangents), tuple(saved), tuple(needs), tuple(options)
+            resolved(cotangents), resolved(saved), tuple(needs), tuple(options)
         )
         # An operator cannot return None; an empty tensor stands for what was not asked for.
         some = next(x for x in cotangents if x is not None)
@@ -97,7 +98,7 @@ class KernelOperators:
     ) -> list[Tensor]:
         *options, keep, backend = rest
         results, dots = self.operation.launchers(backend).launch_jvp(
-            tuple(primals), tuple(tangents), tuple(options), True, keep
+            resolved(primals), resolved(tangents), tuple(options), True, keep
         )
         return [*results, *dots]
 
@@ -106,7 +107,7 @@ class KernelOperators:
     ) -> list[Tensor]:
         *options, backend = rest
         _, dots = self.operation.launchers(backend).launch_jvp(
-            tuple(primals), tuple(tangents), tuple(options), False, False
+            resolved(primals), resolved(tangents), tuple(options), False, False
         )
         return [*dots]
 
@@ -188,4 +189,7 @@ def unwatched(operands: Sequence[Any]) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return all(x is None or not isinstance(x, Tensor) or type(x) in _PLAIN for x in operands)
+    return all(
+        not isinstance(x, Tensor) or (type(x) in _PLAIN and not is_legacy_batchedtensor(x))
+        for x in operands
+    )

@@ -200,11 +200,23 @@ def test_a_constant_has_no_tangent(backend):
         )
 
 
-def test_a_constant_has_no_gradient():
+@BOTH
+def test_a_constant_has_no_gradient(backend):
     given = operands()
     given[3].requires_grad_()
     with pytest.raises(NotImplementedError, match=r"pass table\.detach\(\)"):
-        of(Backend.CPU)(*given)
+        of(backend)(*given)
+    with pytest.raises(NotImplementedError, match=r"pass table\.detach\(\)"):
+        TOY.value_and_tangent(tuple(given), (None,) * 5, (1.5,), backend)
+    with torch.no_grad():
+        close(of(backend)(*given), reference(*given, 1.5))
+
+
+def test_the_old_vmap_is_refused_by_name():
+    leaves = leaves_of()
+    y = of(Backend.CPU)(*leaves)[1]
+    with pytest.raises(NotImplementedError, match=r"toy_of_test_operation: is_grads_batched=True"):
+        torch.autograd.grad(y, leaves[0], torch.ones(2, *y.shape).double(), is_grads_batched=True)
 
 
 @BOTH

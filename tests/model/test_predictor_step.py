@@ -81,6 +81,27 @@ def test_a_half_precision_network_moves_a_float32_sample():
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            lambda cache: cache.double(),
+            "tokens are torch.float32 on cpu, the cache is torch.float64",
+        ),
+        (
+            lambda cache: cache.to("meta"),
+            "tokens are torch.float32 on cpu, .* torch.float32 on meta",
+        ),
+        (lambda cache: None, "the cache must be a tensor, got NoneType"),
+    ],
+    ids=["dtype", "device", "none"],
+)
+def test_refuses_a_cache_that_cannot_be_read(wrong, message):
+    step, (x, t, r, cond, cache) = case(config(mean_flow=True))
+    with pytest.raises(UserError, match=message):
+        step(x, t, r, cond, wrong(cache))
+
+
 @pytest.mark.parametrize("changed", ["batch", "resolution", "width"])
 def test_refuses_a_cache_of_another_run(changed):
     step, (x, t, r, cond, cache) = case(config(mean_flow=True))
@@ -112,5 +133,8 @@ def test_a_captured_step_repeats_the_step_on_new_inputs(host_config):
         torch.testing.assert_close(first, expected)  # its result is not overwritten
     with pytest.raises(UserError, match="was captured for"):
         captured(x[:2], t[:2], r[:2], cond.select(slice(2)), cache[:2])
+    with pytest.raises(UserError, match="a captured step has no gradient"):
+        captured(x.requires_grad_(), t, r, cond, cache)
+    x = x.detach()
     with pytest.raises(UserError, match="for a condition with"):
         captured(x, t, r, Condition(cond.text, cond.text_lengths), cache)

@@ -269,6 +269,14 @@ class Battery:
         gradients = torch.autograd.grad(bound.loss(*leaves), leaves)
         _close(gradients, torch.autograd.grad(bound.loss(*plain), plain))
 
+    def test_operands_that_are_only_marked_as_negated(self, kernel: str) -> None:
+        bound = self.bound(kernel)
+        negated = [torch._neg_view(-t) for t in (*bound.primals, *bound.tangents)]
+        half = len(negated) // 2
+        expected = bound.pair(bound.primals, bound.tangents)
+        _close(bound.pair(negated[:half], negated[half:]), expected)
+        _close(bound.function(*negated[:half]), expected[0])
+
     def test_expanded_gradient(self, kernel: str) -> None:
         bound = self.bound(kernel)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from disca_kernels.backend import Backend
 from disca_kernels.batching import folding_rule
+from disca_kernels.operands import resolved
 from disca_kernels.ops.attention import primal as primals
 
 
@@ -27,6 +28,10 @@ def _launchers(backend: str, fused: bool = False) -> ModuleType:
     """
     room = "triton" if backend == Backend.CUDA and not fused else backend
     return import_module(f"disca_kernels.ops.attention.{room}")
+
+
+def _resolved(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.resolve_neg() for x in tensors)
 
 
 @torch.library.custom_op("disca_kernels::attention_fwd", mutates_args=())
@@ -43,6 +48,7 @@ def fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute o, lse and, if `wide`, what o lost to rounding; without it an empty tensor."""
     rest = None
+    q, k, v = _resolved(q, k, v)
     if primal == primals.OWN:
         launch = _launchers(backend).launch_fwd
         o, lse, rest = launch(q, k, v, kv_lengths, block, scale, wide)
@@ -67,6 +73,7 @@ def bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute dq, dk and dv."""
     launch = _launchers(backend).launch_bwd
+    do, q, k, v = _resolved(do, q, k, v)
     dq, dk, dv = launch(do, dlse, (q, k, v), o, lse, kv_lengths, block, scale)
     return dq, dk, dv
 
@@ -86,7 +93,8 @@ def dual(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute o, lse, o_dot and lse_dot in one pass."""
     launch = _launchers(backend, fused=True).launch_jvp
-    o, lse, o_dot, lse_dot = launch((q, k, v), (q_dot, k_dot, v_dot), kv_lengths, block, scale)
+    dots = resolved((q_dot, k_dot, v_dot))
+    o, lse, o_dot, lse_dot = launch(_resolved(q, k, v), dots, kv_lengths, block, scale)
     return o, lse, o_dot, lse_dot
 
 
@@ -107,8 +115,9 @@ def tangent(
     """Compute o_dot and lse_dot, given (o, lse) or (o, lse, rest); an empty rest counts as none."""
     o, lse, *more = value
     rest = more[0] if more and more[0].shape[-1] else None
-    dots = (q_dot, k_dot, v_dot)
+    dots = resolved((q_dot, k_dot, v_dot))
     launch = _launchers(backend).launch_tangent
+    q, k, v, o, lse = _resolved(q, k, v, o, lse)
     o_dot, lse_dot = launch((q, k, v), dots, o, rest, lse, kv_lengths, block, scale)
     return o_dot, lse_dot
 

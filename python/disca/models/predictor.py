@@ -102,8 +102,19 @@ class Predictor(nn.Module):
             Tokens [B, N, C], text included.
 
         Raises:
-            UserError: if the cache has another shape than the tokens.
+            UserError: if the cache has another shape, dtype or device than the tokens.
         """
+        if not isinstance(cache, Tensor):
+            raise UserError(f"the cache must be a tensor, got {type(cache).__name__}")
+        video = state.video
+        cast = (
+            torch.is_autocast_enabled(video.device.type) if video.device.type != "meta" else False
+        )
+        if cache.device != video.device or (cache.dtype != video.dtype and not cast):
+            raise UserError(
+                f"the tokens are {video.dtype} on {video.device}, the cache is {cache.dtype} on "
+                f"{cache.device}; move it with cache.to(tokens)"
+            )
         if cache.shape != state.shape:
             raise UserError(
                 f"the cache must have the shape of the tokens {list(state.shape)}, got "

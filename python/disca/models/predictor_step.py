@@ -95,9 +95,9 @@ class PredictorStep(nn.Module):
 
 
 class CapturedStep:
-    """A `PredictorStep` in a CUDA graph: one launch instead of some forty.
+    """A `PredictorStep` in a CUDA graph: one launch instead of some forty, for sampling only.
 
-    Inputs are copied into buffers of its own, and the result out of one.
+    Inputs are copied into buffers of its own, and the result out of one. Nothing has a gradient.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class CapturedStep:
     ) -> None:
         """Run the step on a stream of its own until everything is compiled, then record it."""
         self._names = _names(cond)
-        self._buffers = [tensor.clone() for tensor in _tensors(x, t, r, cond, cache)]
+        self._buffers = [tensor.detach().clone() for tensor in _tensors(x, t, r, cond, cache)]
         static = _rebuilt(self._buffers, cond)
         self._graph = torch.cuda.CUDAGraph()
         aside = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
@@ -127,9 +127,15 @@ class CapturedStep:
         """Go from t to r; see `PredictorStep.forward`.
 
         Raises:
-            UserError: an input has another shape, dtype or device than the one that was recorded.
+            UserError: an input has another shape, dtype or device than the one that was recorded,
+                or wants a gradient.
         """
         given = _tensors(x, t, r, cond, cache)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+            raise UserError(
+                "a captured step has no gradient, and an input requires one; call it under "
+                "torch.no_grad(), or call the PredictorStep itself"
+            )
         if _names(cond) != self._names:
             raise UserError(
                 f"this step was captured for a condition with {', '.join(self._names)}, got one "
@@ -142,7 +148,7 @@ class CapturedStep:
                     "another one"
                 )
         for buffer, tensor in zip(self._buffers, given, strict=True):
-            buffer.copy_(tensor)
+            buffer.copy_(tensor.detach())
         self._graph.replay()
         result: Tensor = self._result.clone()
         return result
