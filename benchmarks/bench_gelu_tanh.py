@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from benchmarks.fused import DEVICE, MODES, run_case
+from benchmarks.fused import DEVICE, MODES, parameters, run_case
 from benchmarks.gpu.ops.gelu_tanh import SUBJECT
 from disca_kernels.ops.gelu_tanh.cases import GeluTanhCase
 
@@ -26,6 +26,6 @@ else:
 
 @pytest.mark.parametrize("impl", SUBJECT.backends())
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", parameters(CASES))
 def test_gelu_tanh(measure, case: GeluTanhCase, mode: str, impl: str) -> None:
     run_case(measure, SUBJECT, case, mode, impl)

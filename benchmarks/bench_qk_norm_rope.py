@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from benchmarks.fused import DEVICE, MODES, run_case
+from benchmarks.fused import DEVICE, MODES, parameters, run_case
 from benchmarks.gpu.ops.qk_norm_rope import SUBJECT
 from disca_kernels.ops.qk_norm_rope.cases import QkNormRopeCase
 
@@ -26,6 +26,6 @@ else:
 
 @pytest.mark.parametrize("impl", SUBJECT.backends())
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", parameters(CASES))
 def test_qk_norm_rope(measure, case: QkNormRopeCase, mode: str, impl: str) -> None:
     run_case(measure, SUBJECT, case, mode, impl)

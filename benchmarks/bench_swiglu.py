@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from benchmarks.fused import DEVICE, MODES, run_case
+from benchmarks.fused import DEVICE, MODES, parameters, run_case
 from benchmarks.gpu.ops.swiglu import SUBJECT
 from disca_kernels.ops.swiglu.cases import SwigluCase
 
@@ -25,6 +25,6 @@ else:
 
 @pytest.mark.parametrize("impl", SUBJECT.backends())
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", parameters(CASES))
 def test_swiglu(measure, case: SwigluCase, mode: str, impl: str) -> None:
     run_case(measure, SUBJECT, case, mode, impl)

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.clock import allocated_peak
+from benchmarks.fused import parameters
 from disca.models import Condition, DiT, DiTConfig, blocks
 from disca_kernels import dual
 from disca_kernels.testing import assert_within_budget
@@ -139,7 +140,7 @@ def check(case: TrainingCase) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", parameters(CASES))
 def test_training_step(request, measure, case: TrainingCase, mode: str) -> None:
     net, velocity, primals = case.build(torch.float32)
     runs = passes(velocity, primals)

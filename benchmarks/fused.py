@@ -139,6 +139,14 @@ def _widened(operands: Any) -> Any:
     )
 
 
+def parameters(cases: Sequence[Any]) -> list[Any]:
+    """Return cases for `pytest.mark.parametrize`; only `make bench` runs more than the first."""
+    return [
+        pytest.param(case, id=str(case), marks=[pytest.mark.large] if i else [])
+        for i, case in enumerate(cases)
+    ]
+
+
 def run_case(measure: Callable[..., None], subject: Fused, case: Any, mode: str, impl: str) -> None:
     """Check one case and time it against eager PyTorch, on this machine."""
     operands = case.operands(device=DEVICE)
