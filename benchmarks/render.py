@@ -211,6 +211,11 @@ def readme_section(gpus: list[Record], cpus: list[Record]) -> str:
             "",
             *_cpu_headlines(record),
             "",
+            f"The other operations, value and tangent in one pass at {README_TOKENS} tokens, "
+            "against what a DiT block writes in eager PyTorch under `torch.func.jvp`, in that run:",
+            "",
+            *_cpu_operations(record),
+            "",
         ]
     if not cpus:
         lines += [NO_CPU, ""]
@@ -249,6 +254,18 @@ def _cpu_headlines(record: Record) -> list[str]:
             rows.append([f"`{case}`", info["mode"], info["impl"], ms, _ratio(info), peaks])
     headings = "case | mode | implementation | ms | times as fast | peak MiB / eager's"
     return markdown(headings, rows)
+
+
+def _cpu_operations(record: Record) -> list[str]:
+    """Return the value-and-tangent entries of the other operations at the README's size."""
+    rows = []
+    for benchmark in record["benchmarks"]:
+        info = benchmark["extra_info"]
+        ours = info.get("mode") == "jvp" and info.get("impl") == "cpu"
+        if ours and info["op"] != "attention" and f"n{README_TOKENS}" in info.get("case", ""):
+            ms = f"{1e3 * info['seconds']:.3g}"
+            rows.append([f"`{info['op']}`", f"`{info['case']}`", ms, _ratio(info)])
+    return markdown("operation | case | ms | times as fast", rows)
 
 
 def render(root: Path) -> None:
