@@ -13,7 +13,7 @@ import torch
 
 from disca.cache import NoCache
 from disca.data.io import clip_grid, write_clip
-from disca.demo.suite import load_suite
+from disca.compare.suite import load_suite
 from disca.sample import cached_sample, disca_sample, flow_shift_schedule
 
 

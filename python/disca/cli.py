@@ -113,7 +113,7 @@ def sample(
     form: Form = None,
 ) -> None:
     """Sample clips for prompts and write them as one GIF or MP4."""
-    from disca.demo.single import sample_clips
+    from disca.compare.single import sample_clips
 
     summary = sample_clips(
         prompts=prompt,
@@ -134,7 +134,7 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder of the exported weights.")],
 ) -> None:
     """Write the weights of a run as they are shipped: one float16 file for each stage."""
-    from disca.demo.suite import copy_sampling
+    from disca.compare.suite import copy_sampling
     from disca.distill.bundle import export as write
 
     sizes = write(checkpoints, out)
@@ -201,7 +201,7 @@ def time_tangent(
     docs: Docs = None,
 ) -> None:
     """Train MeanFlow with several widths of the time tangent and compare."""
-    from disca.demo.files import check_section, replace_section
+    from disca.compare.files import check_section, replace_section
 
     if docs is not None:
         check_section(docs, ABLATION_SECTION)
@@ -267,11 +267,11 @@ def _evaluate(
     docs: Path | None,
 ) -> None:
     """Load, evaluate, print and write; nothing is written before everything was checked."""
-    from disca.demo.files import check_section, output_folder, replace_section
-    from disca.demo.report import write_outputs
-    from disca.demo.runner import EvaluationSettings, evaluate
-    from disca.demo.suite import load_suite
-    from disca.demo.tables import docs_section, model_lines, text_table
+    from disca.compare.files import check_section, output_folder, replace_section
+    from disca.compare.report import write_outputs
+    from disca.compare.runner import EvaluationSettings, evaluate
+    from disca.compare.suite import load_suite
+    from disca.compare.tables import docs_section, model_lines, text_table
 
     checked = EvaluationSettings(**settings)
     if docs is not None:

@@ -175,8 +175,8 @@ def test_sample_is_a_function_of_the_seed(capsys, checkpoints, out):
 
 def test_evaluate_writes_files_and_docs(capsys, checkpoints, out, monkeypatch):
     """The command itself on two short methods; the whole list is the runner's business."""
-    from disca.demo import runner
-    from disca.demo.methods import Method
+    from disca.compare import runner
+    from disca.compare.methods import Method
 
     methods = [
         Method("teacher-1x2", "Teacher", "teacher", 1, "cfg"),
@@ -355,7 +355,7 @@ def test_debug_shows_the_traceback(capsys, out):
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):
-    from disca.demo import single
+    from disca.compare import single
 
     def broken_sampler(**_):
         raise ZeroDivisionError("a defect")

@@ -3,15 +3,36 @@
 
 from disca.cache.disca import LearnedPredictor
 from disca.cache.none import NoCache
-from disca.cache.policy import CacheReport, Decision, OneTensorCache, Policy
+from disca.cache.policy import (
+    CachePolicy,
+    CacheReport,
+    OutputPolicy,
+    Policy,
+    Resources,
+    StepInput,
+    StepOutput,
+    SubLayerPolicy,
+    TokenPolicy,
+)
+from disca.cache.registry import POLICIES, build_policy, policy_class
 from disca.cache.reuse import Reuse
+from disca.cache.store import Store
 
 __all__ = [
+    "POLICIES",
+    "CachePolicy",
     "CacheReport",
-    "Decision",
     "LearnedPredictor",
     "NoCache",
-    "OneTensorCache",
+    "OutputPolicy",
     "Policy",
+    "Resources",
     "Reuse",
+    "StepInput",
+    "StepOutput",
+    "Store",
+    "SubLayerPolicy",
+    "TokenPolicy",
+    "build_policy",
+    "policy_class",
 ]

@@ -4,32 +4,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from disca.cache.policy import OneTensorCache
+from disca.cache.reuse import Reuse
+from disca.errors import UserError
 from disca.models.predictor_step import PredictorStep
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from disca.cache.policy import WholeStep
-    from disca.models.condition import Condition
-    from disca.models.host import Host
+    from disca.cache.policy import Resources, StepInput, StepOutput
     from disca.models.state import State
 
 __all__ = ["LearnedPredictor"]
 
 
-class LearnedPredictor(OneTensorCache):
+class LearnedPredictor(Reuse):
     """Asks a predictor for the tokens of the skipped steps (DisCa, Eq. 5, arXiv 2602.05449).
 
     ``tokens = P(state, cache)``: the predictor sees the current step's embedded latents, text and
     modulation, and the tokens of the last full step. The host's own head turns the result into a
-    velocity.
+    velocity. What the predictor returns never enters the cache, so that its error reaches later
+    steps through the sample alone.
 
     Args:
         predictor: maps the embedded state and the cache [B, N, C] to tokens [B, N, C].
-        full_steps: the steps, counted from 0, that run the whole host; step 0 among them.
+        full_steps: the steps that run the whole host; see :func:`disca.sample.resolve_full_steps`.
         allow_idle: accept a list in which every step is full.
     """
 
@@ -38,7 +38,7 @@ class LearnedPredictor(OneTensorCache):
     def __init__(
         self,
         predictor: Callable[[State, Tensor], Tensor],
-        full_steps: Sequence[int],
+        full_steps: str | Sequence[int],
         *,
         allow_idle: bool = False,
     ) -> None:
@@ -46,19 +46,28 @@ class LearnedPredictor(OneTensorCache):
         self.predictor = predictor
         self._unit: PredictorStep | None = None
 
-    def reset(self, host: Host, steps: int) -> None:
-        """Forget the last run, check the full steps and join host and predictor to one unit."""
-        super().reset(host, steps)
-        self._unit = PredictorStep(host, self.predictor)
+    @classmethod
+    def from_settings(cls, resources: Resources, **settings: Any) -> LearnedPredictor:
+        """Take the predictor by its name; ``predictor`` may be left out if there is only one."""
+        known = resources.predictors
+        name = settings.pop("predictor", next(iter(known)) if len(known) == 1 else None)
+        if name not in known:
+            found = ", ".join(known) or "none; train one with a stage of kind predictor"
+            raise UserError(f"policy 'disca': no predictor {name!r}; there are: {found}")
+        return cls(known[name], **settings)
 
-    def whole_step(self, index: int) -> WholeStep | None:
-        """Return the predictor's unit for a step that is not a full one."""
-        return None if index in self.full_steps else self._advance
+    def prepare(self) -> tuple[str, ...]:
+        """Resolve the full steps and join host and predictor to one unit."""
+        self._unit = PredictorStep(self.host, self.predictor)
+        return super().prepare()
 
-    def _advance(self, x: Tensor, t: Tensor, r: Tensor, cond: Condition) -> Tensor:
+    def advance(self, step: StepInput) -> StepOutput:
+        """Run the host at a full step, and the joined unit from sample to sample at the others."""
+        if step.index in self.full:
+            return super().advance(step)
         assert self._unit is not None
-        advanced: Tensor = self._unit(x, t, r, cond, self.skipping())
-        return advanced
+        x = self._unit(step.x, step.t, step.r, step.cond, self.store["tokens"])
+        return self.finish(step, x, full=False)
 
     def replay(self, state: State, cache: Tensor) -> Tensor:
         """Return the predicted tokens [B, N, C]."""

@@ -5,44 +5,34 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from disca.cache.policy import CacheReport, Decision
+from disca.cache.policy import OutputPolicy
 
 if TYPE_CHECKING:
-    from disca.models.host import Host
-    from disca.models.state import State
+    from torch import Tensor
+
+    from disca.cache.policy import StepInput
 
 __all__ = ["NoCache"]
 
 
-class NoCache:
+class NoCache(OutputPolicy):
     """Computes every step; the uncached run that the other policies are compared with."""
 
     name = "none"
     idle_ok = True
 
-    def __init__(self) -> None:
-        self._computed = 0
+    def prepare(self) -> tuple[str, ...]:
+        """Hook nothing."""
+        return ()
 
-    def reset(self, host: Host, steps: int) -> None:
-        """Start counting anew."""
-        self._computed = 0
-
-    def whole_step(self, index: int) -> None:
-        """Leave every step to the host."""
-
-    def step(self, index: int, state: State) -> Decision:
+    def computes(self, step: StepInput) -> bool:
         """Always compute."""
-        return Decision.COMPUTE
+        return True
 
-    def compute(self, host: Host, state: State) -> State:
-        """Run every block."""
-        self._computed += 1
-        return host.run(state)
+    def compute(self, step: StepInput) -> Tensor:
+        """Run the host."""
+        return self.evaluate(step)
 
-    def skip(self, host: Host, state: State) -> State:
+    def skip(self, step: StepInput) -> Tensor:
         """Never called: no step is skipped."""
         raise RuntimeError("the policy 'none' skips no step")
-
-    def report(self) -> CacheReport:
-        """Tell how many steps were computed."""
-        return CacheReport(self.name, (), self._computed, 0, 0)

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from disca.errors import UserError
-from disca.sample.steps import resolve_full_steps
+from disca.cache.steps import resolve_full_steps
 
 __all__ = [
     "CfgStage",
@@ -196,6 +196,7 @@ class PredictorStage(TrainerConfig):
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, ema=None)
     discriminator: OptimizerConfig = OptimizerConfig(lr=1e-2, betas=(0.0, 0.999), ema=None)
     taps: list[int] | None = None
+    mse_weight: float = Field(default=1.0, ge=0)
     gan_weight: float = Field(default=1.0, ge=0)
     time: TimeConfig = TimeConfig()
     restriction: float = Field(default=0.2, gt=0, le=1)
@@ -214,6 +215,10 @@ class PredictorStage(TrainerConfig):
     def _lists_fit(self) -> PredictorStage:
         if self.points == "trajectory" and self.delta != "schedule":
             raise ValueError("points 'trajectory' are those of a schedule: set delta: schedule")
+        if self.mse_weight == 0 and (self.mse_steps or not self.gan_weight):
+            raise ValueError(
+                "mse_weight 0 leaves the GAN term alone: set mse_steps: 0 and gan_weight above 0"
+            )
         if not self.schedule_lists:
             raise ValueError("schedule_lists needs at least one list of full steps")
         for spec in self.schedule_lists:

@@ -21,7 +21,7 @@ from disca.models.discriminator import Discriminator
 from disca.models.dit import DiT
 from disca.models.predictor import Predictor
 from disca.sample.schedule import flow_shift_schedule
-from disca.sample.steps import resolve_full_steps
+from disca.cache.steps import resolve_full_steps
 
 __all__ = [
     "PredictorTask",
@@ -52,7 +52,7 @@ def schedule_pairs(lists: Sequence[str], steps: int) -> Tensor:
     """List the pairs of steps that caching meets when sampling.
 
     Args:
-        lists: Full-step lists, as :func:`disca.sample.steps.resolve_full_steps` takes them.
+        lists: Full-step lists, as :func:`disca.cache.steps.resolve_full_steps` takes them.
         steps: Steps of the schedule.
 
     Returns:
@@ -78,7 +78,7 @@ def schedule_gaps(lists: Sequence[str], steps: int, shift: float) -> Tensor:
     """List the time pairs that caching meets when sampling.
 
     Args:
-        lists: Full-step lists, as :func:`disca.sample.steps.resolve_full_steps` takes them.
+        lists: Full-step lists, as :func:`disca.cache.steps.resolve_full_steps` takes them.
         steps: Steps of the schedule.
         shift: Its flow shift.
 
@@ -294,7 +294,7 @@ class PredictorTask:
         predicted = self.predictor.velocity(self.host, state, cache)
         errors = sample_error(predicted, target)
         weight = (t_later - r_later).pow(self.settings.step_power)
-        loss = (weight / weight.mean() * errors).mean()
+        loss = self.settings.mse_weight * (weight / weight.mean() * errors).mean()
         logs = {
             "mse": float(errors.detach().mean()),
             "reuse_mse": float(sample_error(reuse, target).mean()),

@@ -81,6 +81,8 @@ class SingleBlock(nn.Module):
     `[q, k, v, m] = linear1(adaln_modulate(x, shift, scale))`.
     """
 
+    parallel = True
+
     def __init__(self, config: DiTConfig) -> None:
         """Build the block for the width, heads and MLP ratio of `config`."""
         super().__init__()
@@ -148,6 +150,8 @@ class DoubleBlock(nn.Module):
 
     The sub-modules of the two streams have the same names behind `img_` and `txt_`.
     """
+
+    parallel = False
 
     def __init__(self, config: DiTConfig) -> None:
         """Build the block for the width, heads, MLP ratio and projection layout of `config`."""

@@ -19,9 +19,13 @@ class Block(Protocol):
     `attention` and `mlp` return what the sub-layer adds before its gate, for video and text tokens
     joined [B, N, C]; `combine` adds such tensors through the gates of the current state. A policy
     that reuses a sub-layer keeps its output and calls `combine` with it instead of computing it
-    again. In a single-stream block both sub-layers read the block's input; in a double-stream block
-    `mlp` reads the state after attention.
+    again. In a parallel block, such as a single-stream one, both sub-layers read the block's input;
+    in any other `mlp` reads the state after attention.
     """
+
+    @property
+    def parallel(self) -> bool:
+        """Whether attention and MLP read the same state."""
 
     def __call__(self, state: State) -> State:
         """Run the whole block."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling: schedules, lists of full steps, and samplers as functions over a callable."""
 
+from disca.cache.steps import STEP_LISTS, StepList, resolve_full_steps
 from disca.sample.samplers import (
     SampleResult,
     Step,
@@ -11,7 +12,6 @@ from disca.sample.samplers import (
     mean_velocity,
 )
 from disca.sample.schedule import check_schedule, flow_shift_schedule
-from disca.sample.steps import STEP_LISTS, StepList, resolve_full_steps
 
 __all__ = [
     "STEP_LISTS",

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from disca.cache import Decision, LearnedPredictor, Policy
+from disca.cache import CacheReport, LearnedPredictor, Policy, StepInput
 from disca.errors import UserError
 from disca.sample.schedule import check_schedule
-from disca.sample.steps import resolve_full_steps
 from disca_kernels import mean_velocity_step
 
 if TYPE_CHECKING:
@@ -70,19 +69,30 @@ class SampleResult:
 
     Attributes:
         x: the sample [B, ...], float32 (float64 if the noise was).
-        full_passes: steps that ran every block of the host.
-        predictor_passes: steps that the policy filled in.
-        cache_bytes: the most memory that the cache held at once.
+        report: what the policy hooked, computed, skipped and held.
         seconds: wall time of the denoising loop.
         trajectory: the samples after each step, if they were asked for.
     """
 
     x: Tensor
-    full_passes: int
-    predictor_passes: int
-    cache_bytes: int
+    report: CacheReport
     seconds: float
     trajectory: list[Tensor] = field(default_factory=list)
+
+    @property
+    def full_passes(self) -> int:
+        """Steps that ran the whole network."""
+        return len(self.report.computed)
+
+    @property
+    def predictor_passes(self) -> int:
+        """Steps that the policy filled in."""
+        return len(self.report.skipped)
+
+    @property
+    def cache_bytes(self) -> int:
+        """The most memory that the cache held between two steps."""
+        return self.report.cache_bytes
 
 
 def euler(
@@ -180,8 +190,8 @@ def cached_sample(
 ) -> SampleResult:
     """Sample a host under a cache policy.
 
-    Embedders and head are the host's own at every step, skipped or not, and see the current
-    times; only the blocks between them are replaced. A host that takes an end time gets
+    The policy takes the steps; most of them leave embedders and head to the host at every step,
+    skipped or not, and replace the blocks between. A host that takes an end time gets
     ``r = schedule[i + 1]``. The update is accumulated in float32.
 
     Args:
@@ -194,41 +204,32 @@ def cached_sample(
         trajectory: keep the sample after each step.
 
     Returns:
-        The sample with its counts and wall time.
+        The sample with the policy's report and the wall time.
 
     Raises:
         UserError: a bad schedule, a list of full steps that does not fit it, or a policy that
             hooked or skipped nothing though it is there to skip.
     """
     x, times = _start(x, schedule)
-    policy.reset(host, len(times) - 1)
+    policy.reset(host, times.tolist())
     kept: list[Tensor] = []
     started = _clock(x)
     for index, (t, r) in enumerate(pairwise(times)):
-        start, end = t.expand(len(x)), r.expand(len(x))
-        whole = policy.whole_step(index)
-        if whole is not None:
-            x, full = whole(x, start, end, cond), False
-        else:
-            state = host.embed(x, start, end if host.mean_flow else None, cond)
-            full = policy.step(index, state) is Decision.COMPUTE
-            state = policy.compute(host, state) if full else policy.skip(host, state)
-            x = mean_velocity_step(x, host.head(state), start, end)
+        out = policy.advance(StepInput(index, x, t.expand(len(x)), r.expand(len(x)), cond))
+        x = out.x
         if trajectory:
             kept.append(x)
         if callback is not None:
-            callback(Step(index, float(t), float(r), x, full))
+            callback(Step(index, float(t), float(r), x, out.full))
     seconds = _clock(x) - started
     report = policy.report()
     if not policy.idle_ok and not (report.hooked and report.skipped):
         raise UserError(
             f"policy {report.policy!r} hooked {len(report.hooked)} parts of the host and skipped "
-            f"{report.skipped} of {len(times) - 1} steps: it changed nothing; "
-            "use the policy 'none' if that is meant"
+            f"{len(report.skipped)} of {len(times) - 1} steps: it changed nothing; raise its "
+            "threshold or interval, or use the policy 'none' if that is meant"
         )
-    return SampleResult(
-        x, report.computed, report.skipped, report.cache_bytes, seconds, trajectory=kept
-    )
+    return SampleResult(x, report, seconds, trajectory=kept)
 
 
 def disca_sample(
@@ -264,8 +265,7 @@ def disca_sample(
         UserError: a bad schedule or a list of full steps that does not fit it.
     """
     check_schedule(schedule)
-    full = resolve_full_steps(full_steps, len(schedule) - 1)
-    policy = LearnedPredictor(predictor, full, allow_idle=allow_idle)
+    policy = LearnedPredictor(predictor, full_steps, allow_idle=allow_idle)
     return cached_sample(host, policy, x, schedule, cond, callback=callback, trajectory=trajectory)
 
 

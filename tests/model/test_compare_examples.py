@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from disca.demo.suite import shipped_checkpoints
+from disca.compare.suite import shipped_checkpoints
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

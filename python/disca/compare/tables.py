@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from disca.demo.results import Results, Row, Spread, Timing
+from disca.compare.results import Results, Row, Spread, Timing
 
 __all__ = ["HEADINGS", "docs_section", "markdown_table", "model_lines", "table_cells", "text_table"]
 

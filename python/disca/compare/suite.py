@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from disca.demo.files import write_text
+from disca.compare.files import write_text
 from disca.errors import UserError
 
 if TYPE_CHECKING:

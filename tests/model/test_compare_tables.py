@@ -6,10 +6,10 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from disca.demo.files import check_section, output_folder, replace_section, write_text
-from disca.demo.results import Results, Row, SeedScores, Spread, Timing, summarise
-from disca.demo.tables import HEADINGS, docs_section, markdown_table, text_table
-from disca.demo.timing import interleaved
+from disca.compare.files import check_section, output_folder, replace_section, write_text
+from disca.compare.results import Results, Row, SeedScores, Spread, Timing, summarise
+from disca.compare.tables import HEADINGS, docs_section, markdown_table, text_table
+from disca.compare.timing import interleaved
 from disca.errors import UserError
 
 

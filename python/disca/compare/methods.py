@@ -23,7 +23,7 @@ from disca.sample import (
 )
 
 if TYPE_CHECKING:
-    from disca.demo.suite import Form, Suite
+    from disca.compare.suite import Form, Suite
     from disca.models.condition import Condition
 
 __all__ = ["Method", "PolicyName", "default_methods", "run_method"]

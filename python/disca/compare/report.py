@@ -11,11 +11,11 @@ from typing import Any
 
 import jinja2
 
+from disca.compare.files import output_folder, write_text
+from disca.compare.results import Results, Row
+from disca.compare.runner import Evaluation
+from disca.compare.tables import HEADINGS, model_lines, table_cells
 from disca.data.io import clip_grid, write_clip
-from disca.demo.files import output_folder, write_text
-from disca.demo.results import Results, Row
-from disca.demo.runner import Evaluation
-from disca.demo.tables import HEADINGS, model_lines, table_cells
 
 __all__ = ["render_report", "write_outputs"]
 

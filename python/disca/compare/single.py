@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from disca.compare.methods import Method, run_method
+from disca.compare.suite import load_suite
 from disca.data.io import clip_grid, write_clip
-from disca.demo.methods import Method, run_method
-from disca.demo.suite import load_suite
 from disca.errors import UserError
 from disca.sample import STEP_LISTS, resolve_full_steps
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from disca.demo.costs import describe_models, method_flops, path_curvature
-from disca.demo.methods import Method, default_methods, run_method
-from disca.demo.results import Results, Row, SeedScores, Timing, summarise
-from disca.demo.timing import measure_methods
+from disca.compare.costs import describe_models, method_flops, path_curvature
+from disca.compare.methods import Method, default_methods, run_method
+from disca.compare.results import Results, Row, SeedScores, Timing, summarise
+from disca.compare.timing import measure_methods
 from disca.errors import UserError
 from disca.eval.scores import (
     frechet_distance,
@@ -29,8 +29,8 @@ from disca.sample import resolve_full_steps
 from disca_kernels.env import collect
 
 if TYPE_CHECKING:
+    from disca.compare.suite import Suite
     from disca.data.source import ClipBatch
-    from disca.demo.suite import Suite
     from disca.eval.classifier import ClipClassifier
     from disca.sample import SampleResult
 
@@ -125,7 +125,7 @@ def evaluate(
     Args:
         suite: models and sampling settings.
         settings: how much.
-        methods: what to compare; :func:`disca.demo.methods.default_methods` by default. The first
+        methods: what to compare; :func:`disca.compare.methods.default_methods` by default. The first
             is the reference of the speed-ups.
         progress: whether to draw a progress bar.
 

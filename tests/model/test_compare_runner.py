@@ -13,12 +13,12 @@ from PIL import Image
 from torch import nn
 
 from disca.data import MovingDigits
-from disca.demo.costs import method_flops, pass_flops, skip_flops
-from disca.demo.methods import Method, default_methods, run_method
-from disca.demo.report import render_report, write_outputs
-from disca.demo.results import METRICS, Results
-from disca.demo.runner import EvaluationSettings, evaluate
-from disca.demo.suite import Sampling, Suite
+from disca.compare.costs import method_flops, pass_flops, skip_flops
+from disca.compare.methods import Method, default_methods, run_method
+from disca.compare.report import render_report, write_outputs
+from disca.compare.results import METRICS, Results
+from disca.compare.runner import EvaluationSettings, evaluate
+from disca.compare.suite import Sampling, Suite
 from disca.errors import UserError
 from disca.eval.classifier import ClipClassifier
 from disca.models import DiT, DiTConfig

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import disca_kernels
-from disca.demo.flops import count_flops
+from disca.compare.flops import count_flops
 from disca.models import Condition, DiT, DiTConfig
 
 

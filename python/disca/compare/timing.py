@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from disca.demo.methods import Method, run_method
+from disca.compare.methods import Method, run_method
 from disca.models import PredictorStep
 from disca_kernels import mean_velocity_step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from disca.demo.suite import Form, Suite
+    from disca.compare.suite import Form, Suite
     from disca.models.condition import Condition
 
 __all__ = ["interleaved", "measure_methods", "measure_step"]

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from disca.cache import NoCache
-from disca.demo.flops import count_flops
-from disca.demo.methods import Method
-from disca.demo.results import Timing
-from disca.demo.timing import measure_step
+from disca.compare.flops import count_flops
+from disca.compare.methods import Method
+from disca.compare.results import Timing
+from disca.compare.timing import measure_step
 from disca.eval.scores import curvature
 from disca.models import PredictorStep
 from disca.sample import cached_sample, flow_shift_schedule, resolve_full_steps
 
 if TYPE_CHECKING:
-    from disca.demo.suite import Form, Suite
+    from disca.compare.suite import Form, Suite
     from disca.models.condition import Condition
 
 __all__ = ["describe_models", "method_flops", "pass_flops", "path_curvature", "skip_flops"]
