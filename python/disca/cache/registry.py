@@ -23,6 +23,11 @@ POLICIES: dict[str, str] = {
     "disca": "disca.cache.disca:LearnedPredictor",
     "reuse": "disca.cache.reuse:Reuse",
     "fora": "disca.cache.fora:Fora",
+    "delta-dit": "disca.cache.delta_dit:DeltaDiT",
+    "pab": "disca.cache.pab:PyramidAttentionBroadcast",
+    "deepcache": "disca.cache.deepcache:DeepCache",
+    "first-block": "disca.cache.first_block:FirstBlockCache",
+    "adacache": "disca.cache.adacache:AdaCache",
 }
 """Name to "module:class". A new policy is its own file and one line here."""
 
