@@ -29,7 +29,7 @@ $(STAMP): Makefile pyproject.toml setup.py CMakeLists.txt constraints.txt $(shel
 	@touch $@
 
 demo: install
-	$(BIN)/disca demo
+	$(BIN)/disca compare --preset demo --out demo-results
 
 test: install
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(TEST_WORKERS) --dist loadgroup $(TESTS)

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.clock import allocated_peak
 from benchmarks.fused import parameters
 from disca.models import Condition, DiT, DiTConfig, blocks
 from disca_kernels import dual
 from disca_kernels.testing import assert_within_budget
+from disca_kernels.testing.memory import allocated_peak
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RECOMPUTED = "-recomputed"

@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile
+
+from disca_kernels.testing.memory import allocated_peak
 
 _FLUSH_BYTES = 1 << 30
 
@@ -110,14 +110,9 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
     On CUDA what PyTorch's allocator handed out; on Linux what the process had resident, which
     counts the memory of compiled code too. None where neither can be read.
     """
-    gc.collect()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return allocated_peak(run, device)
+    gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept would be reused unseen
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the old peak
@@ -126,31 +121,6 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
         return None
     run()
     return max(_status("VmHWM") - before, 0)
-
-
-def allocated_peak(run: Callable[[], object], device: torch.device) -> int | None:
-    """Return the bytes by which PyTorch's allocator rises at the peak of one call.
-
-    Unlike `peak_memory` on a CPU it counts neither what compiled code allocates for itself nor
-    what the C library keeps between allocations.
-    """
-    if device.type == "cuda":
-        return peak_memory(run, device)
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    changes: list[tuple[int, int, int]] = []
-    pending = [*profiler.profiler.kineto_results.experimental_event_tree()]
-    while pending:
-        event = pending.pop()
-        pending += event.children
-        if event.tag == _EventType.Allocation:
-            change = event.extra_fields
-            changes.append((event.start_time_ns, change.total_allocated, change.alloc_size))
-    if not changes:
-        return 0
-    _, total, size = min(changes)
-    return max(change[1] for change in changes) - (total - size)
 
 
 def _status(name: str) -> int:

@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 
 from disca.cache import NoCache
-from disca.data.io import clip_grid, write_clip
 from disca.compare.suite import load_suite
+from disca.data.io import clip_grid, write_clip
 from disca.sample import cached_sample, disca_sample, flow_shift_schedule
 
 
 def main(folder: Path | None = None, out: Path = Path("disca_sampling.gif")) -> None:
     """Sample three prompts with and without the cache and write both as a GIF."""
     suite = load_suite(folder)  # the checkpoints of the package by default
-    host, predictor = suite.host("rmeanflow"), suite.predictor(suite.sampling.form)
+    host, predictor = suite.host("rmeanflow"), suite.predictor()
 
     prompts = ["7 left fast", "3 up slow", "0 right fast"]
     cond = suite.source.encode(prompts).with_guidance(suite.sampling.guidance)

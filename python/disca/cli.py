@@ -7,11 +7,12 @@ Commands import what they need when they run, so that ``disca --help`` does not 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -38,12 +39,6 @@ Docs = Annotated[
 ]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the run's by default.")]
 Shift = Annotated[float | None, typer.Option(help="Flow shift; the run's by default.")]
-Form = Annotated[
-    Literal["paper", "residual"] | None,
-    typer.Option(help="Form of the predictor; the run's by default."),
-]
-
-EVALUATION_SECTION = "evaluation"
 ABLATION_SECTION = "time-tangent"
 
 
@@ -96,34 +91,26 @@ def sample(
     ],
     out: Annotated[Path, typer.Option(help="Result; ends in .gif or .mp4.")],
     checkpoints: Checkpoints = None,
-    method: Annotated[
-        Literal["teacher", "cfg", "meanflow", "rmeanflow", "disca", "reuse"],
-        typer.Option(help="How to sample; teacher takes two passes a step."),
-    ] = "disca",
+    model: Annotated[str, typer.Option(help="Stage to sample, such as cfg.")] = "rmeanflow",
     steps: Annotated[int, typer.Option(help="Number of steps.")] = 20,
-    full_steps: Annotated[
-        str | None,
-        typer.Option(
-            help="n4, n3, n2, ten-full, every:K or 0,1,2,...; n4 by default for 20 steps."
-        ),
-    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="Cache policy, such as none, cfg (two passes) or fora:interval=3.")
+    ] = "disca:full_steps=n4",
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     guidance: Guidance = None,
     shift: Shift = None,
-    form: Form = None,
 ) -> None:
     """Sample clips for prompts and write them as one GIF or MP4."""
+    from disca.compare.plan import row_plan
     from disca.compare.single import sample_clips
 
     summary = sample_clips(
         prompts=prompt,
         out=out,
         checkpoints=checkpoints,
-        method=method,
-        steps=steps,
-        full_steps=full_steps,
+        row=row_plan(model=model, steps=steps, policy=policy),
         seed=seed,
-        changes={"guidance": guidance, "shift": shift, "form": form},
+        changes={"guidance": guidance, "shift": shift},
     )
     typer.echo(summary)
 
@@ -144,53 +131,55 @@ def export(
 
 
 @app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("demo-results"),
+def compare(
+    out: Annotated[Path, typer.Option(help="Folder of the results; run again to go on.")],
+    preset: Annotated[str | None, typer.Option(help="Name of a plan, such as digits.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of a plan.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few clips, one seed.")] = False,
+    policies: Annotated[
+        list[str] | None,
+        typer.Option("--policy", help="A policy, e.g. taylorseer:interval=6,order=1. Repeatable."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Stage that --policy runs on.")] = "rmeanflow",
+    steps: Annotated[int, typer.Option(help="Steps that --policy runs on.")] = 20,
     checkpoints: Checkpoints = None,
-    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 1,
-    clips: Annotated[int, typer.Option(help="Clips of each method and seed.")] = 96,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each method.")] = 3,
-    guidance: Guidance = None,
-    shift: Shift = None,
-    form: Form = None,
-) -> None:
-    """Compare all methods on the same prompts and noise; print one table and write a report."""
-    _evaluate(
-        out,
-        checkpoints,
-        {"guidance": guidance, "shift": shift, "form": form},
-        {"seeds": tuple(range(seeds)), "clips": clips, "repeats": repeats},
-        docs=None,
-    )
-
-
-@app.command()
-def evaluate(
-    out: Annotated[Path, typer.Option(help="Folder of the results.")],
-    checkpoints: Checkpoints = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1,2",
-    clips: Annotated[int, typer.Option(help="Clips of each method and seed.")] = 512,
-    batch: Annotated[int, typer.Option(help="Clips sampled at once.")] = 64,
-    timing_batch: Annotated[int, typer.Option(help="Clips sampled at once when timing.")] = 8,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each method.")] = 3,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, separated by commas.")] = None,
+    clips: Annotated[int | None, typer.Option(help="Clips of each row and seed.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Timed runs of each row.")] = None,
     docs: Docs = None,
     guidance: Guidance = None,
     shift: Shift = None,
-    form: Form = None,
 ) -> None:
-    """Compare all methods over several seeds and write the table into the docs."""
-    _evaluate(
-        out,
-        checkpoints,
-        {"guidance": guidance, "shift": shift, "form": form},
-        {
-            "seeds": _numbers(seeds),
+    """Compare cache policies on the same prompts and noise; print tables and write a report."""
+    if preset is not None and config is not None:
+        raise UserError("give either --preset NAME or --config FILE")
+    if preset is None and config is None and not policies:
+        raise UserError("nothing to compare: give --preset NAME, --config FILE or --policy SPEC")
+    from disca.compare.command import run_plan
+    from disca.compare.plan import load_plan
+
+    source = preset or config
+    rows = [{"model": model, "steps": steps, "policy": spec} for spec in policies or ()]
+    if source is None:
+        rows.insert(0, {"model": model, "steps": steps})
+    plan = load_plan(
+        source,
+        quick=quick,
+        rows=rows,
+        changes={
+            "seeds": None if seeds is None else _numbers(seeds),
             "clips": clips,
-            "batch": batch,
-            "timing_batch": timing_batch,
             "repeats": repeats,
         },
+    )
+    run_plan(
+        plan,
+        out,
+        checkpoints=checkpoints,
+        sampling={"guidance": guidance, "shift": shift},
         docs=docs,
+        section=preset or "compare",
+        command=shlex.join(["disca", *sys.argv[1:]]),
     )
 
 
@@ -257,36 +246,6 @@ def _user_line(error: Exception) -> str | None:
     else:
         return None
     return " ".join(text.split())
-
-
-def _evaluate(
-    out: Path,
-    checkpoints: Path | None,
-    sampling: dict[str, Any],
-    settings: dict[str, Any],
-    docs: Path | None,
-) -> None:
-    """Load, evaluate, print and write; nothing is written before everything was checked."""
-    from disca.compare.files import check_section, output_folder, replace_section
-    from disca.compare.report import write_outputs
-    from disca.compare.runner import EvaluationSettings, evaluate
-    from disca.compare.suite import load_suite
-    from disca.compare.tables import docs_section, model_lines, text_table
-
-    checked = EvaluationSettings(**settings)
-    if docs is not None:
-        check_section(docs, EVALUATION_SECTION)
-    suite = load_suite(checkpoints, **sampling)
-    output_folder(out)
-    evaluation = evaluate(suite, checked)
-    typer.echo(text_table(evaluation.results))
-    for line in model_lines(evaluation.results):
-        typer.echo(line)
-    for path in write_outputs(evaluation, out):
-        typer.echo(f"wrote {path}")
-    if docs is not None:
-        replace_section(docs, EVALUATION_SECTION, docs_section(evaluation.results))
-        typer.echo(f"wrote the table into {docs}")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -112,7 +112,7 @@ def test_help_is_quick():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("env", "train", "sample", "export", "demo", "evaluate", "ablate"):
+    for command in ("env", "train", "sample", "export", "compare", "ablate"):
         assert command in done.stdout
 
 
@@ -133,29 +133,30 @@ def test_sample_writes_a_clip(capsys, checkpoints, out, suffix):
     code, text, err = run(
         capsys,
         *["sample", *prompts, "--checkpoints", checkpoints, "--out", path],
-        *["--steps", 3, "--full-steps", "0,2"],
+        *["--steps", 3, "--policy", "disca:full_steps=[0, 2]"],
     )
     assert (code, err) == (0, "")
-    assert "2 clips, 2 full and 1 predicted passes" in text
+    assert "2 clips, 2 full and 1 skipped steps" in text
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize(
-    ("method", "extra", "expected"),
+    ("model", "policy", "expected"),
     [
-        ("teacher", [], "4 full and 0 predicted"),
-        ("cfg", [], "2 full and 0 predicted"),
-        ("meanflow", [], "2 full and 0 predicted"),
-        ("rmeanflow", [], "2 full and 0 predicted"),
-        ("reuse", ["--full-steps", "0"], "1 full and 1 predicted"),
-        ("disca", ["--full-steps", "0", "--form", "paper"], "1 full and 1 predicted"),
+        ("teacher", "cfg", "2 full and 0 skipped"),
+        ("cfg", "none", "2 full and 0 skipped"),
+        ("meanflow", "none", "2 full and 0 skipped"),
+        ("rmeanflow", "reuse:full_steps=[0]", "1 full and 1 skipped"),
+        ("rmeanflow", "disca:full_steps=[0],predictor=predictor", "1 full and 1 skipped"),
+        ("rmeanflow", "disca:full_steps=[0]", "1 full and 1 skipped"),
+        ("cfg", "fora:interval=2", "1 full and 1 skipped"),
     ],
 )
-def test_sample_methods(capsys, checkpoints, out, method, extra, expected):
+def test_sample_policies(capsys, checkpoints, out, model, policy, expected):
     code, text, _ = run(
         capsys,
-        *["sample", "--prompt", "7 left fast", "--checkpoints", checkpoints],
-        *["--method", method, "--steps", 2, "--out", out / "a.gif", *extra],
+        *["sample", "--prompt", "7 left fast", "--checkpoints", checkpoints, "--model", model],
+        *["--policy", policy, "--steps", 2, "--out", out / "a.gif"],
     )
     assert code == 0
     assert expected in text
@@ -167,38 +168,47 @@ def test_sample_is_a_function_of_the_seed(capsys, checkpoints, out):
     contents = []
     for seed in (0, 0, 1):
         path = out / "a.gif"
-        arguments = ["--method", "rmeanflow", "--steps", 1, "--seed", seed, "--out", path]
+        arguments = ["--policy", "none", "--steps", 1, "--seed", seed, "--out", path]
         run(capsys, "sample", "--prompt", "7 left fast", "--checkpoints", checkpoints, *arguments)
         contents.append(path.read_bytes())
     assert contents[0] == contents[1] != contents[2]
 
 
-def test_evaluate_writes_files_and_docs(capsys, checkpoints, out, monkeypatch):
-    """The command itself on two short methods; the whole list is the runner's business."""
-    from disca.compare import runner
-    from disca.compare.methods import Method
-
-    methods = [
-        Method("teacher-1x2", "Teacher", "teacher", 1, "cfg"),
-        Method("cfg-1", "C", "cfg", 1),
-    ]
-    monkeypatch.setattr(runner, "default_methods", lambda forms, chosen: methods)
+def test_compare_writes_files_and_docs(capsys, checkpoints, out):
     docs = out / "results.md"
-    docs.write_text("# R\n<!-- begin evaluation -->\n<!-- end evaluation -->\nafter\n")
+    docs.write_text("# R\n<!-- begin compare -->\n<!-- end compare -->\nafter\n")
     code, text, _ = run(
         capsys,
-        *["evaluate", "--checkpoints", checkpoints, "--out", out / "r", "--seeds", "3,5"],
-        *["--clips", 4, "--batch", 4, "--timing-batch", 2, "--repeats", 1, "--docs", docs],
-        *["--guidance", 2.5],
+        *["compare", "--checkpoints", checkpoints, "--out", out / "r", "--seeds", "3,5"],
+        *["--clips", 4, "--repeats", 1, "--docs", docs, "--guidance", 2.5],
+        *["--model", "cfg", "--steps", 3, "--policy", "fora:interval=2"],
     )
     assert code == 0
-    assert "Real held-out clips" in text
+    assert "Real clips" in text
     results = json.loads((out / "r" / "results.json").read_text())
     assert results["settings"]["seeds"] == [3, 5]
     assert results["settings"]["guidance"] == 2.5
-    assert [row["key"] for row in results["rows"]] == ["teacher-1x2", "cfg-1", "real"]
-    assert "| Teacher |" in docs.read_text()
-    assert docs.read_text().endswith("<!-- end evaluation -->\nafter\n")
+    assert [row["key"] for row in results["rows"]] == ["cfg-3-none", "cfg-3-fora-interval-2"]
+    assert (out / "r" / "report.html").is_file()
+    assert "| fora (interval 2) |" in docs.read_text()
+    assert docs.read_text().endswith("<!-- end compare -->\nafter\n")
+
+
+def test_compare_takes_a_plan(capsys, checkpoints, out):
+    plan = out / "plan.yaml"
+    plan.write_text(
+        "title: T\nclips: 8\nreference_clips: 8\nrepeats: 1\nquick: {clips: 2}\n"
+        "rows: [{model: cfg, steps: 2}]\n"
+    )
+    arguments = ["--checkpoints", checkpoints, "--out", out / "r", "--config", plan, "--quick"]
+    code, _, _ = run(capsys, "compare", *arguments, "--policy", "reuse:full_steps=[0]")
+    assert code == 0
+    results = json.loads((out / "r" / "results.json").read_text())
+    assert results["settings"]["clips"] == 2
+    assert [row["key"] for row in results["rows"]] == [
+        "cfg-2-none",
+        "rmeanflow-20-reuse-full_steps-0",
+    ]
 
 
 def test_export_writes_small_weights_that_sample_alike(capsys, checkpoints, out, tmp_path):
@@ -218,7 +228,8 @@ def test_export_writes_small_weights_that_sample_alike(capsys, checkpoints, out,
 
 TRAIN = ["train", "--out", "OUT", "--preset", "digits"]
 SAMPLE = ["sample", "--checkpoints", "RUN", "--prompt", "7 left fast", "--out", "OUT/a.gif"]
-EVALUATE = ["evaluate", "--checkpoints", "RUN", "--out", "OUT/r"]
+COMPARE = ["compare", "--checkpoints", "RUN", "--out", "OUT/r"]
+FORA = [*COMPARE, "--policy", "fora:interval=3"]
 
 
 @pytest.mark.parametrize(
@@ -243,40 +254,46 @@ EVALUATE = ["evaluate", "--checkpoints", "RUN", "--out", "OUT/r"]
         (["sample", "--out", "OUT/a.gif"], "Missing option '--prompt'"),
         ([*SAMPLE, "--prompt", "7 sideways fast"], "unknown word 'sideways'"),
         ([*SAMPLE, "--prompt", "left 7 fast"], "expected the form"),
-        ([*SAMPLE, "--full-steps", "1,2,3"], "must contain step 0"),
-        ([*SAMPLE, "--full-steps", "0,20"], "full step 20 is out of range"),
-        ([*SAMPLE, "--full-steps", "n5"], "unknown step list 'n5'"),
-        ([*SAMPLE, "--full-steps", "n4", "--steps", "10"], "'n4' is for 20 steps, got 10"),
-        ([*SAMPLE, "--full-steps", "all"], "leaves no step to skip"),
-        ([*SAMPLE, "--steps", "10"], "--full-steps is needed for 10 steps"),
-        ([*SAMPLE, "--steps", "0"], "--steps must be at least 1, got 0"),
+        ([*SAMPLE, "--policy", "disca:full_steps=[1, 2]"], "must contain step 0"),
+        ([*SAMPLE, "--policy", "disca:full_steps=[0, 20]"], "full step 20 is out of range"),
+        ([*SAMPLE, "--policy", "disca:full_steps=n5"], "unknown step list 'n5'"),
+        ([*SAMPLE, "--steps", "10"], "'n4' is for 20 steps, got 10"),
+        ([*SAMPLE, "--policy", "disca:full_steps=all"], "would skip nothing"),
+        ([*SAMPLE, "--policy", "disca"], "needs the setting 'full_steps'"),
+        ([*SAMPLE, "--policy", "magic"], "unknown policy 'magic'"),
+        ([*SAMPLE, "--policy", "cfg"], "this model needs cond.guidance"),
+        ([*SAMPLE, "--steps", "0"], "steps: Input should be greater than or equal to 1, got 0"),
         ([*SAMPLE, "--steps", "few"], "'--steps'"),
         ([*SAMPLE, "--seed", "-1"], "--seed must be 0 or more"),
-        ([*SAMPLE, "--method", "magic"], "'--method'"),
-        ([*SAMPLE, "--method", "cfg", "--full-steps", "n4"], "belongs to disca and reuse"),
+        ([*SAMPLE, "--model", "magic"], "no finished stage 'magic'"),
         ([*SAMPLE, "--shift", "0"], "sampling setting 'shift'"),
         ([*SAMPLE, "--guidance", "nan"], "sampling setting 'guidance'"),
         ([*SAMPLE, "--out", "OUT/a.png"], "must end in .gif or .mp4"),
         ([*SAMPLE, "--out", "OUT/file/a.gif"], "cannot write"),
         ([*SAMPLE, "--checkpoints", "OUT"], "holds no trained run"),
-        ([*EVALUATE, "--seeds", "0,x"], "whole numbers separated by commas"),
-        ([*EVALUATE, "--seeds", "1,1"], "different numbers"),
-        ([*EVALUATE, "--clips", "0"], "clips must be at least 1"),
-        ([*EVALUATE, "--docs", "OUT/file"], "needs the lines '<!-- begin evaluation -->'"),
-        ([*EVALUATE, "--docs", "OUT/none.md"], "cannot read"),
-        ([*EVALUATE, "--out", "OUT/file/r"], "cannot write to the folder"),
-        (["export", *EVALUATE[1:3], "--out", "OUT/file/r"], "cannot write to"),
+        (COMPARE, "nothing to compare: give --preset NAME"),
+        ([*COMPARE, "--preset", "digits", "--config", "a.yaml"], "either --preset NAME"),
+        ([*COMPARE, "--preset", "digit"], "did you mean 'digits'?"),
+        ([*COMPARE, "--config", "OUT/none.yaml"], "no such plan"),
+        ([*FORA, "--quick"], "has no 'quick' section"),
+        ([*FORA, "--seeds", "0,x"], "whole numbers separated by commas"),
+        ([*FORA, "--seeds", "1,1"], "different numbers"),
+        ([*FORA, "--clips", "0"], "clips: Input should be greater than or equal to 2"),
+        ([*FORA, "--model", "magic"], "no finished stage 'magic'"),
+        ([*FORA, "--docs", "OUT/file"], "needs the lines '<!-- begin compare -->'"),
+        ([*FORA, "--docs", "OUT/none.md"], "cannot read"),
+        ([*FORA, "--out", "OUT/file/r"], "cannot write to the folder"),
+        ([*FORA, "--checkpoints", "OUT"], "holds no trained run"),
+        ([*FORA, "--what"], "No such option"),
+        (["export", *COMPARE[1:3], "--out", "OUT/file/r"], "cannot write to"),
         (["export", "--checkpoints", "OUT/none", "--out", "OUT/r"], "none"),
-        (["demo", "--out", "OUT/r", "--checkpoints", "OUT"], "holds no trained run"),
-        (["demo", "--out", "OUT/r", "--seeds", "0"], "seeds must be different"),
-        (["demo", "--out", "OUT/r", "--what"], "No such option"),
         (["ablate", "time-tangent", "--out", "OUT/r"], "Missing option '--checkpoints'"),
         (
             ["ablate", "time-tangent", "--out", "OUT/r", "--checkpoints", "OUT"],
             "holds no trained run",
         ),
         (
-            ["ablate", "time-tangent", *EVALUATE[1:], "--docs", "OUT/file"],
+            ["ablate", "time-tangent", *COMPARE[1:], "--docs", "OUT/file"],
             "needs the lines '<!-- begin time-tangent -->'",
         ),
     ],
@@ -329,6 +346,7 @@ def test_checkpoint_of_another_shape(capsys, broken, out):
         ("guidnace: 3", "'guidnace'"),
         ("guidance: -1", "'guidance'"),
         ("form: other", "'form'"),
+        ("predictor: [1]", "'predictor'"),
         ("- 1", "expected a mapping"),
         ("a: [", "not valid YAML"),
     ],
@@ -348,7 +366,9 @@ def test_missing_stage(capsys, broken, out):
 
 
 def test_debug_shows_the_traceback(capsys, out):
-    code, _, err = run(capsys, "--debug", "demo", "--checkpoints", out, "--out", out / "r")
+    code, _, err = run(
+        capsys, "--debug", "compare", "--preset", "demo", "--checkpoints", out, "--out", out / "r"
+    )
     assert code == 2
     assert "Traceback" in err
     assert err.splitlines()[-1].startswith("disca: error: ")

@@ -1,28 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The comparison from end to end on tiny random models: counts, pairing, files, report."""
+"""The comparison from end to end on tiny random models: counts, pairing, files, going on."""
 
 from __future__ import annotations
 
 import json
-import re
 
-import av
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
-from disca.data import MovingDigits
-from disca.compare.costs import method_flops, pass_flops, skip_flops
-from disca.compare.methods import Method, default_methods, run_method
-from disca.compare.report import render_report, write_outputs
-from disca.compare.results import METRICS, Results
-from disca.compare.runner import EvaluationSettings, evaluate
+from disca.compare import runner
+from disca.compare.clips import load_clips
+from disca.compare.costs import pass_flops, predicted_flops
+from disca.compare.flops import count_flops
+from disca.compare.plan import Plan, RowPlan, load_plan, plan_names, row_plan
+from disca.compare.results import load_results
+from disca.compare.runner import compare
 from disca.compare.suite import Sampling, Suite
+from disca.data import MovingDigits
 from disca.errors import UserError
+from disca.eval import relative_errors
 from disca.eval.classifier import ClipClassifier
 from disca.models import DiT, DiTConfig
-from disca.sample import resolve_full_steps
+from tests.model.tiny import roughen
 
 
 class Mixture(nn.Module):
@@ -36,7 +36,7 @@ class Mixture(nn.Module):
         return cache + self.layer(torch.cat([state.tokens, cache], -1))
 
 
-def make_suite(**changes):
+def make_suite():
     torch.manual_seed(0)
     source = MovingDigits(frames=4, size=16)
     config = DiTConfig(
@@ -55,18 +55,16 @@ def make_suite(**changes):
         time_features=16,
     )
     teacher = DiT(config)
-    with torch.no_grad():  # a fresh model's output is zero
-        for parameter in teacher.final_layer.parameters():
-            parameter.normal_(std=0.2)
+    roughen(teacher)  # a fresh model's gates and output are zero
     cfg = DiT.from_teacher(teacher, guidance_embed=True)
     students = {name: DiT.from_teacher(cfg, mean_flow=True) for name in ("meanflow", "rmeanflow")}
     hosts = {"teacher": teacher, "cfg": cfg, **students}
     return Suite(
         source=source,
         hosts={name: host.eval() for name, host in hosts.items()},
-        predictors={"paper": Mixture(24), "residual": Mixture(24)},
+        predictors={"predictor": Mixture(24), "other": Mixture(24)},
         classifier=ClipClassifier(1, source.label_sizes).eval(),
-        sampling=Sampling(form="residual"),
+        sampling=Sampling(predictor="other"),
     )
 
 
@@ -75,227 +73,319 @@ def suite():
     return make_suite()
 
 
-@pytest.fixture(scope="module")
-def settings():
-    return EvaluationSettings(
-        seeds=(0, 4), clips=5, batch=3, reference_clips=8, timing_batch=2, repeats=2, shown=2
-    )
-
-
-METHODS = (
-    Method("teacher-2x2", "Teacher, CFG, 2 x 2", "teacher", 2, "cfg"),
-    Method("cfg-2", "CFG-distilled, 2", "cfg", 2),
-    Method("meanflow-3", "MeanFlow, 3", "meanflow", 3),
-    Method("rmeanflow-3", "Restricted MeanFlow, 3", "rmeanflow", 3),
-    Method("disca-x", "DisCa, 3", "rmeanflow", 3, "disca", "every:2", None, "rmeanflow-3"),
-    Method("disca-y", "DisCa paper, 3", "rmeanflow", 3, "disca", "0", "paper", "rmeanflow-3"),
-    Method("reuse-x", "Reuse, 3", "rmeanflow", 3, "reuse", "every:2", None, "rmeanflow-3"),
+ROWS = (
+    {"model": "teacher", "steps": 2, "policy": "cfg", "label": "Teacher"},
+    {"model": "cfg", "steps": 2},
+    {"model": "rmeanflow", "steps": 4},
+    {"model": "rmeanflow", "steps": 4, "policy": "disca:full_steps=every:2"},
+    {"model": "rmeanflow", "steps": 4, "policy": "disca:full_steps=[0],predictor=predictor"},
+    {"model": "rmeanflow", "steps": 4, "policy": "reuse:full_steps=every:2"},
+    {"model": "rmeanflow", "steps": 4, "policy": "fora:interval=2", "group": "more"},
 )
-BY_KEY = {method.key: method for method in METHODS}
+TEACHER, CFG, PLAIN, DISCA, PAPER, REUSE, FORA = (row_plan(**row).key for row in ROWS)
+
+
+def make_plan(**changes):
+    fields = {"seeds": (0, 4), "clips": 5, "batch": 3, "reference_clips": 8, "timing_batch": 2}
+    fields |= {"repeats": 2, "shown": 2, "title": "Tiny", "rows": ROWS}
+    return Plan.model_validate({**fields, **changes})
 
 
 @pytest.fixture(scope="module")
-def evaluation(suite, settings):
-    return evaluate(suite, settings, methods=METHODS, progress=False)
-
-
-@pytest.fixture(scope="module")
-def page(evaluation):
-    return render_report(evaluation)
-
-
-def test_rows_cover_the_comparison():
-    methods = default_methods(("paper", "residual"), "residual")
-    assert [method.key for method in methods] == [
-        "teacher-50x2",
-        "cfg-50",
-        "teacher-10x2",
-        "cfg-20",
-        "cfg-10",
-        "meanflow-20",
-        "meanflow-10",
-        "rmeanflow-20",
-        "rmeanflow-10",
-        "rmeanflow-9",
-        "disca-n2",
-        "disca-n3",
-        "disca-n4",
-        "disca-every4",
-        "disca-n4-paper",
-        "reuse-n4",
-        "reuse-every4",
-    ]
-    keys = [method.key for method in methods]
-    for method in methods:
-        assert (method.full_steps is None) == (method.uncached is None)
-        assert method.uncached is None or method.uncached in keys
-        if method.full_steps is not None:
-            assert 0 < len(resolve_full_steps(method.full_steps, method.steps)) < method.steps
-            assert methods[keys.index(method.uncached)].steps == method.steps
-
-
-def test_rows_need_the_chosen_form():
-    with pytest.raises(UserError, match="no checkpoint of the predictor's 'paper' form"):
-        default_methods(("residual",), "paper")
+def done(suite, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare") / "new" / "results"
+    return folder, compare(suite, make_plan(), folder, command="disca compare", progress=False)
 
 
 @pytest.mark.parametrize(
-    ("key", "full", "predicted"),
+    ("key", "computed", "skipped"),
     [
-        ("teacher-2x2", 4, 0),
-        ("cfg-2", 2, 0),
-        ("meanflow-3", 3, 0),
-        ("rmeanflow-3", 3, 0),
-        ("disca-x", 2, 1),
-        ("disca-y", 1, 2),
-        ("reuse-x", 2, 1),
+        (TEACHER, [0, 1], []),
+        (PLAIN, [0, 1, 2, 3], []),
+        (DISCA, [0, 2], [1, 3]),
+        (PAPER, [0], [1, 2, 3]),
+        (FORA, [0, 2], [1, 3]),
     ],
 )
-def test_pass_counts(evaluation, key, full, predicted):
-    row = evaluation.results.row(key)
-    assert (row.full_passes, row.predictor_passes) == (full, predicted)
+def test_steps(done, key, computed, skipped):
+    row = done[1].row(key)
+    assert (row.computed, row.skipped) == (computed, skipped)
 
 
-def test_cache_is_one_token_tensor_of_one_clip(evaluation, suite):
-    text = suite.source.text_tokens
-    expected = (1 * 2 * 2 + text) * 24 * 4  # (video tokens + text tokens) * width * float32
-    for row in evaluation.results.rows:
-        cached = row.key.startswith(("disca", "reuse"))
-        assert row.cache_bytes == (expected if cached else 0)
+def test_operations_are_counted_from_the_run(done, suite):
+    row = done[1].row
+    one, predicted = pass_flops(suite, "rmeanflow"), predicted_flops(suite, "rmeanflow", "other")
+    assert row(PLAIN).flops == 4 * one
+    assert row(DISCA).flops == 2 * one + 2 * predicted
+    assert row(DISCA).full_passes == pytest.approx(2 + 2 * predicted / one)
+    assert row(TEACHER).flops == 4 * pass_flops(suite, "teacher")
+    assert row(TEACHER).full_passes == pytest.approx(4)
+    assert row(PLAIN).theoretical_speedup == pytest.approx(row(TEACHER).flops / (4 * one))
+    host = suite.host("rmeanflow")
+    noise, t = torch.zeros(1, *suite.source.shape), torch.full((1,), 0.5)
+    cond = suite.condition("rmeanflow", suite.source.null(1))
+    outside = count_flops(lambda: host.head(host.embed(noise, t, t, cond)))
+    assert row(REUSE).flops == 2 * one + 2 * outside
 
 
-def test_theoretical_speedup_counts_operations(evaluation, suite):
-    row = evaluation.results.row
-    one, skip = pass_flops(suite, "rmeanflow"), skip_flops(suite, "rmeanflow", "residual")
-    assert row("disca-x").flops == 2 * one + skip
-    assert row("reuse-x").flops == 2 * one + skip_flops(suite, "rmeanflow", None)
-    assert row("teacher-2x2").flops == 4 * pass_flops(suite, "teacher")
-    assert row("rmeanflow-3").theoretical_speedup == pytest.approx(
-        method_flops(suite, BY_KEY["teacher-2x2"]) / (3 * one)
-    )
-    assert row("teacher-2x2").theoretical_speedup == 1
+def test_held_and_peak_memory(done, suite):
+    tokens = (1 * 2 * 2 + suite.source.text_tokens) * 24 * 4  # tokens * width * float32
+    row = done[1].row
+    assert [row(key).cache_bytes for key in (PLAIN, DISCA, REUSE)] == [0, tokens, tokens]
+    assert row(FORA).cache_bytes == 3 * 2 * tokens  # attention and MLP of three blocks
+    assert row(FORA).peak_bytes > row(PLAIN).peak_bytes > tokens
 
 
-def test_same_noise_for_every_method(suite):
-    """One step of a student that equals its teacher gives the teacher's sample."""
-    batch = suite.source.sample(3, torch.Generator().manual_seed(0))
-    noise = torch.randn(batch.clips.shape, generator=torch.Generator().manual_seed(1))
-    one = {
-        name: run_method(suite, Method(name, name, name, 1), noise, batch.condition).x
-        for name in ("meanflow", "rmeanflow")
-    }
-    assert torch.equal(one["meanflow"], one["rmeanflow"])
+def test_errors_are_against_the_same_seed(done):
+    for row in done[1].rows:
+        cached = row.policy not in ("none", "cfg")
+        assert [score.seed for score in row.per_seed] == [0, 4]
+        assert all((score.error_uncached is None) is not cached for score in row.per_seed)
+        assert all((score.error_teacher is None) == (row.key == TEACHER) for score in row.per_seed)
+        assert (row.error_per_step is None) is not cached
+        if cached:
+            # the last entry is the error of the samples themselves, and a computed step has none
+            assert row.error_per_step[0] < 1e-12
+            assert row.error_per_step[-1] == pytest.approx(row.per_seed[0].error_uncached_median)
+            assert row.per_seed[0].psnr_uncached > 0
+            assert 0 < row.per_seed[0].ssim_uncached <= 1
+            assert row.per_seed[0].jitter_uncached > 0
 
 
-def test_batches_do_not_change_the_samples(suite):
-    method = BY_KEY["disca-x"]
-    batch = suite.source.sample(5, torch.Generator().manual_seed(0))
-    noise = torch.randn(batch.clips.shape, generator=torch.Generator().manual_seed(1))
-    whole = run_method(suite, method, noise, batch.condition)
-    done = []
-    parts = run_method(suite, method, noise, batch.condition, batch=2, advance=done.append)
-    torch.testing.assert_close(parts.x, whole.x, atol=1e-5, rtol=1e-5)
-    assert done == [2, 2, 1]
-    assert parts.full_passes == whole.full_passes
+def test_measured_speedup_is_per_repeat(done):
+    first = done[1].rows[0]
+    for row in done[1].rows:
+        for seconds, speedup in (("seconds", "speedup"), ("seconds_total", "speedup_total")):
+            pairs = zip(getattr(first, seconds).values, getattr(row, seconds).values, strict=True)
+            assert getattr(row, speedup).values == pytest.approx([a / b for a, b in pairs])
+        assert row.seconds_total.low > row.seconds.low
 
 
-def test_errors_are_against_the_same_seed(evaluation):
-    rows = {row.key: row for row in evaluation.results.rows}
-    for key, method in BY_KEY.items():
-        scores = rows[key].per_seed
-        assert [score.seed for score in scores] == [0, 4]
-        assert all((score.error_uncached is None) == (method.uncached is None) for score in scores)
-        assert all((score.error_teacher is None) == (key == "teacher-2x2") for score in scores)
-    # the two students are equal here, so plain MeanFlow is as far from the teacher as the other
-    same = [rows[key].summary["error_teacher"] for key in ("meanflow-3", "rmeanflow-3")]
-    assert same[0] == same[1]
-    assert rows["reuse-x"].summary["error_uncached"].mean > 0
-    assert rows["real"].summary["semantic"].mean <= 1
-
-
-def test_measured_speedup_is_per_repeat(evaluation):
-    first = evaluation.results.rows[0]
-    for row in evaluation.results.rows[:-1]:
-        ratios = [a / b for a, b in zip(first.seconds.values, row.seconds.values, strict=True)]
-        assert row.measured_speedup.values == pytest.approx(ratios)
-    assert evaluation.results.row("real").measured_speedup is None
-
-
-def test_shares(evaluation, suite):
-    shares = evaluation.results.models["predictors"]["residual"]
-    own = sum(p.numel() for p in suite.predictors["residual"].parameters())
+def test_predictors_are_described_with_their_shares(done, suite):
+    described = done[1].models["predictors"]
+    assert set(described) == {"other", "predictor"}
+    own = sum(p.numel() for p in suite.predictors["other"].parameters())
     host = sum(p.numel() for p in suite.hosts["rmeanflow"].parameters())
-    assert shares["parameter_share"] == own / host
-    assert 0 < shares["flop_share"] < 1
-    assert shares["time_share"] > 0
+    assert described["other"]["parameter_share"] == own / host
+    assert 0 < described["other"]["flop_share"] < 1
+    assert described["other"]["time_share"] > 0
 
 
-def test_written_files(evaluation, settings, tmp_path):
-    out = tmp_path / "new" / "folder"
-    paths = write_outputs(evaluation, out)
-    names = ["clips.gif", "clips.mp4", "report.html", "results.json"]
-    assert sorted(path.name for path in out.iterdir()) == sorted(p.name for p in paths) == names
-
-    written = json.loads((out / "results.json").read_text())
-    assert written["schema_version"] == 1
-    assert set(written) == {
-        "schema_version",
-        "created",
-        "versions",
-        "machine",
-        "settings",
-        "models",
-        "rows",
-    }
-    assert set(written["rows"][0]["summary"]) <= set(METRICS)
-    assert written["settings"]["seeds"] == [0, 4]
-    assert written["settings"]["guidance"] == 4.0
-    assert Results.model_validate(written) == evaluation.results
-
-    with Image.open(out / "clips.gif") as gif:
-        assert gif.n_frames == 4
-    with av.open(str(out / "clips.mp4")) as container:
-        assert sum(1 for _ in container.decode(video=0)) == 4
-
-
-def test_report_needs_no_network(evaluation, page):
-    assert "http:" not in page
-    assert "https:" not in page
-    assert "//" not in re.sub(r"data:[a-z/]+;base64,[A-Za-z0-9+/=]+", "", page)
-    sources = re.findall(r'(?:src|href)="([^"]{0,40})', page)
-    assert len(sources) == 1 + len(evaluation.clips)
-    assert all(source.startswith("data:image/") for source in sources)
-    assert 'name="viewport"' in page
-    for row in evaluation.results.rows:
-        assert row.label in page
-
-
-def test_rejects_missing_pieces(settings):
-    full = make_suite()
-    without = {"hosts": {"teacher": full.hosts["teacher"]}}
-    cases = [
-        ({"classifier": None}, "no finished classifier stage"),
-        (without, "no finished stage 'rmeanflow'; found: teacher"),
-        ({"predictors": {"paper": full.predictors["paper"]}}, "'residual' form; found"),
+def test_files(done):
+    folder, results = done
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "clips.safetensors",
+        "results.json",
+        "work",
     ]
-    for change, match in cases:
-        broken = Suite(**{**vars(full), **change})
-        with pytest.raises(UserError, match=match):
-            evaluate(broken, settings, progress=False)
+    assert load_results(folder) == results
+    clips = load_clips(folder)
+    assert set(clips) == {row.key for row in results.rows} | {"real"}
+    assert all(clip.shape == (2, 1, 4, 16, 16) for clip in clips.values())
+    assert len(results.settings["prompts"]) == 2
+    assert results.command == "disca compare"
+    assert list(results.groups()) == ["", "more"]
+
+
+def sampled(monkeypatch):
+    """Watch which rows are sampled."""
+    names = []
+    original = runner.sample_row
+
+    def watched(suite, row, *rest, **named):
+        names.append(row.key)
+        return original(suite, row, *rest, **named)
+
+    monkeypatch.setattr(runner, "sample_row", watched)
+    return names
+
+
+def test_a_finished_comparison_runs_nothing_again(done, suite, monkeypatch):
+    names = sampled(monkeypatch)
+    again = compare(suite, make_plan(), done[0], command="disca compare", progress=False)
+    assert names == []
+    same = {"exclude": {"created", "models"}}
+    assert again.model_dump(**same) == done[1].model_dump(**same)
+
+
+def test_goes_on_where_it_was_stopped(suite, tmp_path, monkeypatch):
+    plan = make_plan(rows=ROWS[:4], seeds=(0,))
+    names = sampled(monkeypatch)
+    original = runner.sample_row
+
+    def stopped(suite, row, *rest, **named):
+        if row.key == DISCA:
+            raise KeyboardInterrupt
+        return original(suite, row, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "sample_row", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            compare(suite, plan, tmp_path, progress=False)
+    with pytest.raises(UserError, match="no comparison finished there"):
+        load_results(tmp_path)
+    names.clear()
+    resumed = compare(suite, plan, tmp_path, progress=False)
+    # what it is compared with is sampled again, nothing else
+    assert sorted(names) == sorted([PLAIN, TEACHER, DISCA])
+    fresh = compare(suite, plan, tmp_path / "fresh", progress=False)
+    assert [row.per_seed for row in resumed.rows] == [row.per_seed for row in fresh.rows]
+    # a row more needs that row only
+    names.clear()
+    longer = compare(suite, make_plan(rows=ROWS[:6], seeds=(0,)), tmp_path, progress=False)
+    assert set(names) == {PLAIN, TEACHER, PAPER, REUSE}
+    assert len(longer.rows) == 6
+
+
+def test_parts_of_another_comparison_are_refused(done, suite):
+    with pytest.raises(UserError, match="other settings, weights or threads; take another --out"):
+        compare(suite, make_plan(clips=6), done[0], progress=False)
+    other = make_suite()
+    with torch.no_grad():
+        next(other.hosts["cfg"].parameters()).add_(1)
+    with pytest.raises(UserError, match="other settings, weights or threads"):
+        compare(other, make_plan(), done[0], progress=False)
+
+
+def test_a_damaged_part_is_named(suite, tmp_path):
+    plan = make_plan(rows=ROWS[1:2], seeds=(0,))
+    compare(suite, plan, tmp_path, progress=False)
+    part = tmp_path / "work" / f"{CFG}.seed0.json"
+    part.write_text(part.read_text()[:-5])
+    with pytest.raises(UserError, match=rf"{part.name} is damaged; delete it"):
+        compare(suite, plan, tmp_path, progress=False)
+    part.unlink()
+    compare(suite, plan, tmp_path, progress=False)
+
+
+def test_the_target_need_not_be_a_row(suite, tmp_path):
+    plan = make_plan(rows=ROWS[2:3], seeds=(0,), target={"model": "cfg", "steps": 3})
+    results = compare(suite, plan, tmp_path, progress=False)
+    assert results.rows[0].per_seed[0].error_teacher > 0
+    assert results.settings["target"] == "cfg, 3 steps"
+    assert results.models["paths"]["stage"] == "cfg"
+
+
+def test_the_same_noise_for_every_row(suite, tmp_path):
+    """One step of a student that equals its teacher gives the teacher's sample."""
+    rows = [{"model": name, "steps": 1} for name in ("cfg", "meanflow", "rmeanflow")]
+    compare(suite, make_plan(rows=rows, seeds=(0,)), tmp_path, progress=False)
+    clips = load_clips(tmp_path)
+    assert torch.equal(clips["meanflow-1-none"], clips["rmeanflow-1-none"])
+    assert relative_errors(clips["cfg-1-none"], clips["meanflow-1-none"]).max() < 1e-6
+
+
+def test_unlabelled_clips_are_scored_by_distance(suite, tmp_path):
+    class Unlabelled:
+        """The same clips without their labels and prompts."""
+
+        def __init__(self, source):
+            self.shape, self.source = source.shape, source
+
+        def sample(self, n, generator, *, split="train"):
+            batch = self.source.sample(n, generator, split=split)
+            return type(batch)(batch.clips, self.null(n))
+
+        def null(self, n):
+            return self.source.null(n)
+
+    bare = Suite(**{**vars(suite), "source": Unlabelled(suite.source), "classifier": None})
+    results = compare(bare, make_plan(rows=ROWS[2:4], seeds=(0,)), tmp_path, progress=False)
+    assert results.settings["prompts"] == []
+    for scores in (results.rows[0].summary, results.real):
+        assert scores["wasserstein"].mean > 0
+        assert not {"semantic", "frechet"} & set(scores)
+
+
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        ({"model": "student", "steps": 2}, "no finished stage 'student'; found: teacher, cfg"),
+        ({"model": "cfg", "steps": 2, "policy": "none:a=1"}, "has no setting 'a'"),
+        ({"model": "cfg", "steps": 2, "policy": "fora:interval=3,first=2"}, "nothing would be"),
+        ({"model": "cfg", "steps": 3, "policy": "reuse:full_steps=[0, 3]"}, "out of range"),
+        ({"model": "cfg", "steps": 3, "policy": "disca:full_steps=n4"}, "is for 20 steps, got 3"),
+    ],
+)
+def test_a_bad_row_is_refused_before_anything_runs(suite, tmp_path, monkeypatch, row, match):
+    names = sampled(monkeypatch)
+    with pytest.raises(UserError, match=match):
+        compare(suite, make_plan(rows=[*ROWS, row]), tmp_path, progress=False)
+    assert names == []
+
+
+def test_labelled_clips_need_a_classifier(suite, tmp_path):
+    blind = Suite(**{**vars(suite), "classifier": None})
+    with pytest.raises(UserError, match="no finished classifier stage"):
+        compare(blind, make_plan(), tmp_path, progress=False)
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"seeds": ()}, "seeds must be different"),
-        ({"seeds": (1, 1)}, "seeds must be different"),
-        ({"seeds": (-1,)}, "from 0 up"),
-        ({"clips": 0}, "clips must be at least 1"),
-        ({"clips": 1}, "at least 2"),
-        ({"repeats": 0}, "repeats must be at least 1"),
-        ({"batch": -3}, "batch must be at least 1, got -3"),
+        ({"seeds": []}, "seeds must be different"),
+        ({"seeds": [1, 1]}, "seeds must be different"),
+        ({"seeds": [-1]}, "from 0 up"),
+        ({"clips": 1}, "clips: .*greater than or equal to 2"),
+        ({"repeats": 0}, "repeats"),
+        ({"rows": []}, "rows"),
+        ({"rows": [{"model": "cfg"}]}, "rows.0.steps"),
+        ({"rows": [{"model": "cfg", "steps": 2}] * 2}, "two rows of the group"),
+        ({"surprise": 1}, "surprise"),
+        ({"groups": [{"rows": []}]}, "needs 'group'"),
     ],
 )
-def test_settings_reject(change, match):
+def test_plan_rejects(tmp_path, change, match):
+    path = tmp_path / "plan.yaml"
+    plan = {"title": "T", "rows": [{"model": "cfg", "steps": 2}], **change}
+    path.write_text(json.dumps(plan))
     with pytest.raises(UserError, match=match):
-        EvaluationSettings(**change)
+        load_plan(path)
+
+
+def test_plan_sources(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'digits'"):
+        load_plan("digit")
+    with pytest.raises(UserError, match="no such plan"):
+        load_plan(tmp_path / "none.yaml")
+    (tmp_path / "a.yaml").write_text("title: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_plan(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("[1]")
+    with pytest.raises(UserError, match="expected a mapping"):
+        load_plan(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("title: T\nrows: [{model: cfg, steps: 2}]")
+    with pytest.raises(UserError, match="no 'quick' section"):
+        load_plan(tmp_path / "a.yaml", quick=True)
+
+
+def test_groups_give_their_rows_what_they_leave_out(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "title: T\nclips: 9\nquick: {clips: 3, seeds: [1]}\n"
+        "groups:\n- {group: g, model: cfg, steps: 9, rows: ['fora:interval=2', {steps: 4}]}\n"
+    )
+    plan = load_plan(path, quick=True, rows=[{"model": "x", "steps": 1}], changes={"repeats": 7})
+    assert (plan.clips, plan.seeds, plan.repeats) == (3, (1,), 7)
+    assert plan.rows == (
+        RowPlan(group="g", model="cfg", steps=9, policy="fora:interval=2"),
+        RowPlan(group="g", model="cfg", steps=4),
+        RowPlan(model="x", steps=1),
+    )
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("name", plan_names())
+def test_shipped_plans_are_valid(name, quick):
+    if quick and name == "demo":
+        pytest.skip("the demo is quick as it is")
+    assert load_plan(name, quick=quick).rows
+
+
+def test_labels_and_keys():
+    row = row_plan(model="cfg", steps=50, policy="taylorseer:interval=6,order=1")
+    assert row.name == "taylorseer (interval 6, order 1)"
+    assert row.key == "cfg-50-taylorseer-interval-6-order-1"
+    assert row_plan(model="cfg", steps=50).name == "cfg, 50 steps"
+    with pytest.raises(UserError, match=r"steps: .* got 0"):
+        row_plan(model="cfg", steps=0)

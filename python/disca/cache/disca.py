@@ -48,9 +48,9 @@ class LearnedPredictor(Reuse):
 
     @classmethod
     def from_settings(cls, resources: Resources, **settings: Any) -> LearnedPredictor:
-        """Take the predictor by its name; ``predictor`` may be left out if there is only one."""
+        """Take the predictor by its name; the first of the resources if none is named."""
         known = resources.predictors
-        name = settings.pop("predictor", next(iter(known)) if len(known) == 1 else None)
+        name = settings.pop("predictor", next(iter(known), None))
         if name not in known:
             found = ", ".join(known) or "none; train one with a stage of kind predictor"
             raise UserError(f"policy 'disca': no predictor {name!r}; there are: {found}")

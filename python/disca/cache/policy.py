@@ -121,7 +121,8 @@ class Resources:
     """What the settings of a policy may name: networks, calibrations and the empty prompt.
 
     Attributes:
-        predictors: predictors by name, called as ``predictor(state, cache)``.
+        predictors: predictors by name, called as ``predictor(state, cache)``; the first is taken
+            where none is named.
         calibration: returns the calibration of a policy by the policy's name, or raises UserError.
         null: returns the empty condition of a batch size.
         guidance: guidance scale of a two-pass model.

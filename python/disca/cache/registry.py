@@ -28,6 +28,9 @@ POLICIES: dict[str, str] = {
     "deepcache": "disca.cache.deepcache:DeepCache",
     "first-block": "disca.cache.first_block:FirstBlockCache",
     "adacache": "disca.cache.adacache:AdaCache",
+    "teacache": "disca.cache.teacache:TeaCache",
+    "magcache": "disca.cache.magcache:MagCache",
+    "icc": "disca.cache.icc:Icc",
 }
 """Name to "module:class". A new policy is its own file and one line here."""
 
@@ -114,7 +117,7 @@ def build_policy(
             for key, parameter in inspect.signature(cls).parameters.items()
             if parameter.default is inspect.Parameter.empty
             and key in accepted
-            and key not in settings
+            and key not in (*settings, *_FROM_RESOURCES)
         ]
         if not missing:
             raise

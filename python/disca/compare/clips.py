@@ -45,7 +45,7 @@ def load_clips(folder: Path) -> dict[str, Tensor]:
             f"{folder} holds no {CLIPS_FILE}; run 'disca compare --out {folder}' to make it"
         )
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key).float() / 127.5 - 1 for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is damaged: {error}") from error

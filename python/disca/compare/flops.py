@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 import disca_kernels
 
-__all__ = ["count_flops"]
+__all__ = ["FlopCounter", "count_flops"]
 
 
 def count_flops(call: Callable[[], Any]) -> int:
@@ -31,13 +31,19 @@ def count_flops(call: Callable[[], Any]) -> int:
     Returns:
         The number of operations.
     """
-    counter = _Counter()
+    counter = FlopCounter()
     with torch.no_grad(), counter:
         call()
     return counter.total
 
 
-class _Counter(TorchFunctionMode):
+class FlopCounter(TorchFunctionMode):
+    """Counts what is called inside ``with``; see :func:`count_flops`.
+
+    Attributes:
+        total: operations so far.
+    """
+
     def __init__(self) -> None:
         super().__init__()
         self.total = 0

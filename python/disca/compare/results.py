@@ -91,7 +91,7 @@ class SeedScores(_Record):
         jitter_uncached: the same error of the differences from frame to frame.
         psnr_uncached: peak signal-to-noise ratio to that run in dB; None if all clips are equal.
         ssim_uncached: structural similarity to that run.
-        error_teacher: relative squared error to the same seed of the plan's reference row.
+        error_teacher: relative squared error to the same seed of the plan's target.
         error_teacher_median: the same, of the median clip.
     """
 
@@ -116,7 +116,7 @@ class Row(_Record):
     """One method.
 
     Attributes:
-        key: name of the method, unique in the file.
+        key: name of the method; rows of two groups with one key are the same measurement.
         label: its name in tables.
         group: the part of the plan that it belongs to.
         policy: name of the cache policy.
@@ -128,7 +128,7 @@ class Row(_Record):
         skipped: the steps that did not.
         cache_bytes: the most that the cache held between two steps, of one clip.
         peak_bytes: the most that tensors took during the loop beyond weights and input, of one
-            clip; None where it cannot be measured.
+            clip.
         flops: operations of one clip's denoising loop, mean over all clips of all seeds.
         full_passes: these operations over those of one pass of this model.
         theoretical_speedup: the reference row's operations over these.
@@ -153,7 +153,7 @@ class Row(_Record):
     computed: list[int]
     skipped: list[int]
     cache_bytes: int
-    peak_bytes: int | None
+    peak_bytes: int
     flops: float
     full_passes: float
     theoretical_speedup: float

@@ -1,345 +1,411 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample every method on the same prompts and noise, score it and time it."""
+"""Run a plan: sample, score and time every row, going on where an earlier run was stopped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from disca.compare.costs import describe_models, method_flops, path_curvature
-from disca.compare.methods import Method, default_methods, run_method
-from disca.compare.results import Results, Row, SeedScores, Timing, summarise
-from disca.compare.timing import measure_methods
-from disca.errors import UserError
-from disca.eval.scores import (
-    frechet_distance,
-    jitter,
-    relative_error,
-    relative_errors,
-    semantic_score,
+from disca.cache import CachePolicy, build_policy, policy_class
+from disca.cache.registry import parse_spec
+from disca.compare.calibrating import calibration_for
+from disca.compare.clips import REAL_KEY, save_clips
+from disca.compare.costs import describe_host, describe_predictor, path_curvature
+from disca.compare.files import output_folder, write_text
+from disca.compare.plan import Plan, RowPlan
+from disca.compare.records import Record, Timings
+from disca.compare.results import RESULTS_FILE, Results, Row, SeedScores, Timing, summarise
+from disca.compare.scoring import (
+    Inputs,
+    Judge,
+    Sampled,
+    error_scores,
+    sample_row,
+    seed_inputs,
 )
-from disca.sample import resolve_full_steps
+from disca.compare.timing import interleaved, row_peak, time_row
+from disca.data.io import atomic_path
+from disca.eval.scores import relative_errors
 from disca_kernels.env import collect
 
 if TYPE_CHECKING:
     from disca.compare.suite import Suite
-    from disca.data.source import ClipBatch
-    from disca.eval.classifier import ClipClassifier
-    from disca.sample import SampleResult
 
-__all__ = ["Evaluation", "EvaluationSettings", "evaluate"]
+__all__ = ["compare"]
 
-# Distinguishes the random streams of one seed: prompts with real clips, noise, reference clips.
-_PROMPTS, _NOISE, _REFERENCE = 0, 1, 2
+WORK = "work"
+"""Folder inside the output in which finished parts are kept."""
 
-# Steps of the paths whose curvature is reported.
-_PATH_STEPS = 50
+_WITHOUT_CACHE = ("none", "cfg")
+_STEP_REPEATS = 10
+_PATH_SEED = 0
 
 
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """How much is sampled and how often it is timed.
+def compare(
+    suite: Suite, plan: Plan, out: Path, *, command: str = "", progress: bool = True
+) -> Results:
+    """Run a plan and write results.json and clips.safetensors.
 
-    Attributes:
-        seeds: each draws its own prompts, real clips and noise.
-        clips: clips of each method and seed.
-        batch: clips that are sampled at once.
-        reference_clips: real held-out clips that the Fréchet distance is taken to.
-        timing_batch: clips that are sampled at once where time is measured.
-        repeats: timed runs of each method.
-        shown: clips of each method that are kept for the picture.
-    """
-
-    seeds: tuple[int, ...] = (0,)
-    clips: int = 128
-    batch: int = 64
-    reference_clips: int = 512
-    timing_batch: int = 8
-    repeats: int = 5
-    shown: int = 6
-
-    def __post_init__(self) -> None:
-        """Check the numbers.
-
-        Raises:
-            UserError: no seed, a seed twice or negative, or a number below 1.
-        """
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise UserError(f"seeds must be different numbers from 0 up, got {list(self.seeds)}")
-        for name, value in asdict(self).items():
-            if name != "seeds" and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
-        if min(self.clips, self.reference_clips) < 2:
-            raise UserError("clips and reference_clips must be at least 2: one clip has no spread")
-
-
-@dataclass
-class Evaluation:
-    """What an evaluation gives.
-
-    Attributes:
-        results: the content of results.json.
-        prompts: the prompts of the kept clips, of the first seed.
-        clips: label of the method to its first clips [n, C, F, H, W], real ones last.
-    """
-
-    results: Results
-    prompts: list[str]
-    clips: dict[str, Tensor]
-
-
-@dataclass
-class _Measured:
-    """What the seeds have brought in so far, by method."""
-
-    scores: dict[str, list[SeedScores]] = field(default_factory=dict)
-    counts: dict[str, SampleResult] = field(default_factory=dict)
-    clips: dict[str, Tensor] = field(default_factory=dict)
-    prompts: list[str] = field(default_factory=list)
-
-    def add(self, key: str, scores: SeedScores) -> None:
-        self.scores.setdefault(key, []).append(scores)
-
-
-def evaluate(
-    suite: Suite,
-    settings: EvaluationSettings,
-    *,
-    methods: Sequence[Method] | None = None,
-    progress: bool = True,
-) -> Evaluation:
-    """Sample, score and time the methods.
-
-    Every method of a seed starts from the same noise and follows the same prompts. Scores are
-    taken with the suite's classifier: the share of clips whose digit, direction and speed it reads
-    as the prompt says, and the Fréchet distance of its features to those of real held-out clips.
-    The last row holds other real held-out clips, judged the same way.
+    Every row of a seed starts from the same noise and follows the same prompts. A row's clips are
+    scored against what was asked for, against real held-out clips, against the same model and steps
+    without a cache, and against the plan's target. Then all rows are timed, interleaved. Each
+    finished row and seed and each finished repeat of the timing is kept in ``out/work``: the same
+    call goes on where it was stopped, and rows may be added to the plan.
 
     Args:
-        suite: models and sampling settings.
-        settings: how much.
-        methods: what to compare; :func:`disca.compare.methods.default_methods` by default. The first
-            is the reference of the speed-ups.
+        suite: the models.
+        plan: what to run.
+        out: the folder of the results.
+        command: the command line, for the record.
         progress: whether to draw a progress bar.
 
     Returns:
-        The results with some clips of the first seed.
+        The content of results.json.
 
     Raises:
-        UserError: a stage, a predictor or the classifier is missing, or a list of full steps does
-            not fit.
+        UserError: a model, predictor or classifier is missing, a policy does not fit its host or
+            steps or changes nothing, or the folder holds parts of another comparison.
     """
-    if suite.classifier is None:
-        raise UserError("the checkpoints have no finished classifier stage, which the scores need")
-    rows = list(methods or default_methods(tuple(suite.predictors), suite.sampling.form))
-    models = _describe(suite, settings)
-    flops = {method.key: method_flops(suite, method) for method in rows}
-    work = sum(flops.values())
-    total = work * (len(settings.seeds) * settings.clips + settings.repeats * settings.timing_batch)
-    with tqdm(
-        total=total, desc="sampling", disable=not progress, bar_format=_BAR, mininterval=0.5
-    ) as bar:
-
-        def advance(key: str, clips: int) -> None:
-            bar.update(flops[key] * clips)
-
-        measured = _score_seeds(suite, suite.classifier, rows, settings, advance)
-        bar.set_description_str("timing")
-        seconds = _time_rows(suite, rows, settings, advance)
-    environment = collect()
-    base = (flops[rows[0].key], seconds[rows[0].key])
-    at_once = min(settings.batch, settings.clips)
-    results = Results(
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        versions=environment["versions"],
-        machine=environment["machine"],
-        settings={**asdict(settings), "seeds": list(settings.seeds), **suite.sampling.model_dump()},
-        models=models,
-        rows=[
-            *(
-                _row(method, measured, seconds[method.key], flops[method.key], base, at_once)
-                for method in rows
-            ),
-            _real_row(measured),
-        ],
-    )
-    return Evaluation(results, measured.prompts, measured.clips)
+    output_folder(out)
+    run = _Comparison(suite, plan, out)
+    run.check()
+    with tqdm(total=run.work(), disable=not progress, bar_format=_BAR, mininterval=0.5) as bar:
+        run.advance = bar.update
+        run.describe = bar.set_description_str
+        run.score()
+        timings = run.time()
+    results = run.results(timings, command)
+    save_clips(out, run.clips())
+    write_text(out / RESULTS_FILE, results.model_dump_json(indent=2) + "\n")
+    return results
 
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left"
 
 
-def _score_seeds(
-    suite: Suite,
-    classifier: ClipClassifier,
-    methods: Sequence[Method],
-    settings: EvaluationSettings,
-    advance: Callable[[str, int], None],
-) -> _Measured:
-    measured = _Measured()
-    reference = suite.source.sample(
-        settings.reference_clips, _generator(0, _REFERENCE), split="test"
-    )
-    target = classifier.embed(reference.clips)
-    for seed in settings.seeds:
-        real, noise = _inputs(suite, settings.clips, seed)
-        if real.labels is None:
-            raise UserError("the scores need labelled clips, such as the moving digits")
-        samples: dict[str, Tensor] = {}
-        for method in methods:
-            samples[method.key] = _sample(suite, method, noise, real, settings, advance, measured)
-        for method in methods:
-            scores = _scores(seed, classifier, samples[method.key], real.labels, target)
-            errors = _errors(method, samples, methods[0].key)
-            measured.add(method.key, scores.model_copy(update=errors))
-        measured.add("real", _scores(seed, classifier, real.clips, real.labels, target))
-        _keep(measured, methods, samples, real, suite, settings.shown)
-    return measured
+@dataclass
+class _Comparison:
+    """One call of :func:`compare`."""
+
+    suite: Suite
+    plan: Plan
+    out: Path
+    advance: Any = field(default=lambda amount: None)
+    describe: Any = field(default=lambda text: None)
+
+    @cached_property
+    def rows(self) -> dict[str, RowPlan]:
+        """The rows by key; one that is in two groups is run once."""
+        return {row.key: row for row in self.plan.rows}
+
+    @cached_property
+    def target(self) -> RowPlan:
+        return self.plan.target or self.plan.rows[0]
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of everything that decides the scores, the rows apart."""
+        plan = self.plan.model_dump(
+            include={"clips", "batch", "reference_clips", "calibration_clips", "target"}
+        )
+        digest = hashlib.sha256(json.dumps([plan, self.suite.sampling.model_dump()]).encode())
+        for networks in (self.suite.hosts, self.suite.predictors):
+            for name, network in sorted(networks.items()):
+                digest.update(name.encode())
+                for tensor in network.state_dict().values():
+                    digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @cached_property
+    def records(self) -> Path:
+        return output_folder(self.out / WORK)
+
+    def policy(self, row: RowPlan) -> CachePolicy:
+        """Build a row's policy; a calibrated one is fitted first unless that was done."""
+        calibration = partial(self._calibration, row)
+        return build_policy(row.policy, self.suite.resources(calibration))
+
+    def _calibration(self, row: RowPlan, policy: str) -> Any:
+        return calibration_for(
+            self.suite,
+            policy,
+            row.model,
+            row.steps,
+            output_folder(self.records / "calibration"),
+            clips=self.plan.calibration_clips,
+            seed=_PATH_SEED,
+        )
+
+    def check(self) -> None:
+        """Refuse a row that cannot run before anything is run."""
+        for row in (*self.rows.values(), self.target):
+            host = self.suite.host(row.model)
+            self.policy(row).reset(host, self.suite.schedule(row.steps).tolist())
+
+    # ------------------------------------------------------------------------------- scoring
+
+    def work(self) -> int:
+        """Return what is to do, in steps of one clip."""
+        plan = self.plan
+        scored = plan.clips * len(plan.seeds) * sum(_weight(row) for row in self.rows.values())
+        timed = (plan.repeats + 1) * plan.timing_batch
+        return scored + timed * sum(_weight(row) for row in self.rows.values())
+
+    def score(self) -> None:
+        """Sample and score what is not yet kept."""
+        judge = Judge(self.suite, self.plan)
+        for seed in self.plan.seeds:
+            inputs = seed_inputs(self.suite, self.plan.clips, seed)
+            references = _References(self, inputs)
+            for row in self.rows.values():
+                self.describe(f"seed {seed}, {row.name}")
+                if not self._kept(row.key, seed):
+                    self._score_row(row, seed, inputs, references, judge)
+                self.advance(self.plan.clips * _weight(row))
+            if not self._kept(REAL_KEY, seed):
+                scores = judge.real(seed, inputs.real)
+                self._keep(REAL_KEY, seed, Record.of_real(self.identity, scores), inputs.real.clips)
+
+    def _kept(self, key: str, seed: int) -> bool:
+        if Record.load(self._path(key, seed), self.identity) is None:
+            return False
+        return seed != self.plan.seeds[0] or self._clips_path(key).is_file()
+
+    def _path(self, key: str, seed: int) -> Path:
+        return self.records / f"{key}.seed{seed}.json"
+
+    def _keep(self, key: str, seed: int, record: Record, clips: Tensor) -> None:
+        if seed == self.plan.seeds[0]:
+            with atomic_path(self._clips_path(key)) as temporary:
+                save_file({"clips": clips[: self.plan.shown].contiguous()}, temporary)
+        write_text(self._path(key, seed), record.model_dump_json())
+
+    def _clips_path(self, key: str) -> Path:
+        return self.records / f"{key}.safetensors"
+
+    def _score_row(
+        self, row: RowPlan, seed: int, inputs: Inputs, references: _References, judge: Judge
+    ) -> None:
+        policy = self.policy(row)
+        cached = policy.name not in _WITHOUT_CACHE
+        uncached = references.uncached(row) if cached else None
+        target = None if row.key == self.target.key else references.target()
+        sampled = (
+            self.sample(row, policy, inputs, trajectory=True) if cached else references.of(row)
+        )
+        scores = judge.score(seed, sampled.x, inputs.real.labels)
+        errors = error_scores(
+            sampled.x,
+            None if uncached is None else uncached.x,
+            None if target is None else target.x,
+        )
+        along = None
+        if uncached is not None:
+            pairs = zip(sampled.trajectory, uncached.trajectory, strict=True)
+            along = [relative_errors(a, b).median().item() for a, b in pairs]
+        record = Record(
+            identity=self.identity,
+            scores=scores.model_copy(update=errors),
+            hooked=list(sampled.report.hooked),
+            computed=list(sampled.report.computed),
+            skipped=list(sampled.report.skipped),
+            cache_bytes=sampled.cache_bytes,
+            flops=sampled.flops,
+            error_per_step=along,
+        )
+        self._keep(row.key, seed, record, sampled.x)
+
+    def sample(
+        self, row: RowPlan, policy: CachePolicy, inputs: Inputs, *, trajectory: bool
+    ) -> Sampled:
+        """Sample a row from a seed's inputs."""
+        return sample_row(
+            self.suite,
+            row,
+            policy,
+            inputs.noise,
+            inputs.real.condition,
+            batch=self.plan.batch,
+            trajectory=trajectory,
+        )
+
+    # -------------------------------------------------------------------------------- timing
+
+    def time(self) -> Timings:
+        """Measure memory once and time all rows, as many repeats as are not yet kept."""
+        path = self.records / "timing.json"
+        timings = Timings.start(path, self._timing_identity())
+        inputs = seed_inputs(self.suite, self.plan.timing_batch, _PATH_SEED)
+        policies = {key: self.policy(row) for key, row in self.rows.items()}
+        amounts = {key: _weight(row) * self.plan.timing_batch for key, row in self.rows.items()}
+
+        def advance(key: str) -> None:
+            self.advance(amounts[key])
+
+        self.describe("memory")
+        if not timings.peaks:
+            # The run whose memory is measured is also what warms up.
+            for key, row in self.rows.items():
+                timings.peaks[key] = row_peak(self.suite, row, policies[key], inputs)
+                advance(key)
+            timings.save(path)
+        self.describe("timing")
+        runs = {
+            key: partial(time_row, self.suite, row, policies[key], inputs, _PATH_SEED)
+            for key, row in self.rows.items()
+        }
+        while len(timings.repeats) < self.plan.repeats:
+            measured = interleaved(runs, len(timings.repeats), advance=advance)
+            timings.repeats.append({k: (s.loop, s.total) for k, s in measured.items()})
+            timings.save(path)
+        return timings
+
+    def _timing_identity(self) -> str:
+        parts = [self.identity, self.plan.timing_batch, torch.get_num_threads(), *self.rows]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    # ------------------------------------------------------------------------------- results
+
+    def results(self, timings: Timings, command: str) -> Results:
+        """Put everything together."""
+        environment = collect()
+        batch = seed_inputs(self.suite, self.plan.clips, self.plan.seeds[0]).real
+        plan = self.plan.model_dump(mode="json", exclude={"title", "rows", "target"})
+        prompts = self.suite.prompts_of(batch)[: self.plan.shown]
+        target = self.target.name
+        real = [self._record(REAL_KEY, seed).scores for seed in self.plan.seeds]
+        return Results(
+            title=self.plan.title,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            command=command,
+            versions=environment["versions"],
+            machine=environment["machine"],
+            settings={
+                **plan,
+                **self.suite.sampling.model_dump(),
+                "target": target,
+                "prompts": prompts,
+            },
+            models=self._models(),
+            rows=[self._row(row, timings) for row in self.plan.rows],
+            real=summarise(real),
+        )
+
+    def _record(self, key: str, seed: int) -> Record:
+        record = Record.load(self._path(key, seed), self.identity)
+        assert record is not None
+        return record
+
+    def _row(self, row: RowPlan, timings: Timings) -> Row:
+        records = [self._record(row.key, seed) for seed in self.plan.seeds]
+        first = records[0]
+        base = self.plan.rows[0].key
+        flops = sum(record.flops for record in records) / len(records)
+        reference = sum(self._record(base, seed).flops for seed in self.plan.seeds) / len(records)
+        scores: list[SeedScores] = [record.scores for record in records]
+        loop, total = (
+            [repeat[row.key][part] for repeat in timings.repeats[: self.plan.repeats]]
+            for part in (0, 1)
+        )
+        base_loop, base_total = (
+            [repeat[base][part] for repeat in timings.repeats[: self.plan.repeats]]
+            for part in (0, 1)
+        )
+        return Row(
+            key=row.key,
+            label=row.name,
+            group=row.group,
+            policy=parse_spec(row.policy)[0],
+            spec=row.policy,
+            model=row.model,
+            steps=row.steps,
+            hooked=first.hooked,
+            computed=first.computed,
+            skipped=first.skipped,
+            cache_bytes=first.cache_bytes,
+            peak_bytes=timings.peaks[row.key],
+            flops=flops,
+            full_passes=flops / self._hosts[row.model]["flops"],
+            theoretical_speedup=reference / flops,
+            seconds=Timing.of(loop),
+            speedup=Timing.of(a / b for a, b in zip(base_loop, loop, strict=True)),
+            seconds_total=Timing.of(total),
+            speedup_total=Timing.of(a / b for a, b in zip(base_total, total, strict=True)),
+            error_per_step=first.error_per_step,
+            per_seed=scores,
+            summary=summarise(scores),
+        )
+
+    @cached_property
+    def _hosts(self) -> dict[str, dict[str, Any]]:
+        names = dict.fromkeys(row.model for row in self.plan.rows)
+        return {name: describe_host(self.suite, name) for name in names}
+
+    def _models(self) -> dict[str, Any]:
+        """Describe the networks that the rows use, and the paths of the target."""
+        inputs = seed_inputs(self.suite, self.plan.timing_batch, _PATH_SEED)
+        noise, cond = inputs.noise, inputs.real.condition
+        predictors = {}
+        for name, host in self._predictors():
+            predictors[name] = describe_predictor(
+                self.suite, host, name, noise, cond, _STEP_REPEATS
+            )
+        described = {"hosts": self._hosts, "predictors": predictors}
+        if self.target.steps > 1 and policy_class(parse_spec(self.target.policy)[0]).name == "none":
+            target = self.target
+            described["paths"] = path_curvature(self.suite, target.model, target.steps, noise, cond)
+        return described
+
+    def _predictors(self) -> Iterator[tuple[str, str]]:
+        seen = set()
+        for row in self.plan.rows:
+            name, settings = parse_spec(row.policy)
+            if name == "disca":
+                predictor = settings.get("predictor", self.suite.sampling.predictor)
+                if predictor not in seen:
+                    seen.add(predictor)
+                    yield predictor, row.model
+
+    def clips(self) -> dict[str, Tensor]:
+        """Return the kept clips of every row, real ones last."""
+        keys = [*self.rows, REAL_KEY]
+        return {key: load_file(self._clips_path(key))["clips"] for key in keys}
 
 
-def _sample(
-    suite: Suite,
-    method: Method,
-    noise: Tensor,
-    real: ClipBatch,
-    settings: EvaluationSettings,
-    advance: Callable[[str, int], None],
-    measured: _Measured,
-) -> Tensor:
-    result = run_method(
-        suite,
-        method,
-        noise,
-        real.condition,
-        batch=settings.batch,
-        advance=partial(advance, method.key),
-    )
-    measured.counts[method.key] = result
-    return result.x
+class _References:
+    """The uncached runs of one seed that others are compared with, sampled when first needed."""
+
+    def __init__(self, run: _Comparison, inputs: Inputs) -> None:
+        self.run, self.inputs = run, inputs
+        self._samples: dict[str, Sampled] = {}
+
+    def uncached(self, row: RowPlan) -> Sampled:
+        """Return the run of a row's model and steps without a cache."""
+        return self.of(RowPlan(model=row.model, steps=row.steps))
+
+    def target(self) -> Sampled:
+        """Return the run of the plan's target."""
+        return self.of(self.run.target)
+
+    def of(self, row: RowPlan) -> Sampled:
+        """Return the run of a row without a cache."""
+        if row.key not in self._samples:
+            policy = self.run.policy(row)
+            self._samples[row.key] = self.run.sample(row, policy, self.inputs, trajectory=True)
+        return self._samples[row.key]
 
 
-def _keep(
-    measured: _Measured,
-    methods: Sequence[Method],
-    samples: Mapping[str, Tensor],
-    real: ClipBatch,
-    suite: Suite,
-    shown: int,
-) -> None:
-    """Keep the first seed's first clips."""
-    if measured.clips:
-        return
-    measured.prompts = suite.prompts_of(real)[:shown]
-    measured.clips = {method.label: samples[method.key][:shown] for method in methods}
-    measured.clips[REAL_LABEL] = real.clips[:shown]
-
-
-REAL_LABEL = "Real held-out clips"
-
-
-def _scores(
-    seed: int, classifier: ClipClassifier, clips: Tensor, labels: Tensor, target: Tensor
-) -> SeedScores:
-    clips = clips.clamp(-1, 1)  # as when a clip is shown or saved
-    score = semantic_score(classifier, clips, labels)
-    return SeedScores(
-        seed=seed,
-        semantic=score.mean,
-        digit=score.digit,
-        direction=score.direction,
-        speed=score.speed,
-        joint=score.joint,
-        frechet=frechet_distance(classifier.embed(clips), target),
-    )
-
-
-def _errors(
-    method: Method, samples: Mapping[str, Tensor], reference: str
-) -> dict[str, float | None]:
-    x = samples[method.key]
-    errors: dict[str, float | None] = {}
-    if method.uncached is not None:
-        each = relative_errors(x, samples[method.uncached])
-        errors["error_uncached"] = each.mean().item()
-        errors["error_uncached_median"] = each.median().item()
-        errors["jitter_uncached"] = jitter(x, samples[method.uncached])
-    if method.key != reference:
-        errors["error_teacher"] = relative_error(x, samples[reference])
-    return errors
-
-
-def _time_rows(
-    suite: Suite,
-    methods: Sequence[Method],
-    settings: EvaluationSettings,
-    advance: Callable[[str, int], None],
-) -> dict[str, list[float]]:
-    batch, noise = _inputs(suite, settings.timing_batch, 0)
-    return measure_methods(
-        suite,
-        list(methods),
-        noise,
-        batch.condition,
-        settings.repeats,
-        advance=lambda key: advance(key, settings.timing_batch),
-    )
-
-
-def _inputs(suite: Suite, clips: int, seed: int) -> tuple[ClipBatch, Tensor]:
-    """Draw a seed's real clips with their prompts, and its noise."""
-    real = suite.source.sample(clips, _generator(seed, _PROMPTS), split="test")
-    return real, torch.randn(real.clips.shape, generator=_generator(seed, _NOISE))
-
-
-def _describe(suite: Suite, settings: EvaluationSettings) -> dict[str, Any]:
-    batch, noise = _inputs(suite, settings.timing_batch, 0)
-    described = describe_models(suite, noise, batch.condition, max(10, settings.repeats))
-    paths = path_curvature(suite, "cfg", _PATH_STEPS, noise, batch.condition)
-    return {**described, "paths": {"stage": "cfg", "steps": _PATH_STEPS, **paths}}
-
-
-def _row(
-    method: Method,
-    measured: _Measured,
-    seconds: Sequence[float],
-    flops: int,
-    reference: tuple[int, Sequence[float]],
-    at_once: int,
-) -> Row:
-    """Put a method's row together; ``reference`` has the first row's operations and seconds."""
-    counts = measured.counts[method.key]
-    full = method.full_steps
-    return Row(
-        key=method.key,
-        label=method.label,
-        model=method.model,
-        steps=method.steps,
-        full_steps=None if full is None else list(resolve_full_steps(full, method.steps)),
-        full_passes=counts.full_passes,
-        predictor_passes=counts.predictor_passes,
-        cache_bytes=counts.cache_bytes // at_once,
-        flops=flops,
-        theoretical_speedup=reference[0] / flops,
-        seconds=Timing.of(seconds),
-        measured_speedup=Timing.of(a / b for a, b in zip(reference[1], seconds, strict=True)),
-        per_seed=measured.scores[method.key],
-        summary=summarise(measured.scores[method.key]),
-    )
-
-
-def _real_row(measured: _Measured) -> Row:
-    scores = measured.scores["real"]
-    return Row(
-        key="real", label=REAL_LABEL, model="real", per_seed=scores, summary=summarise(scores)
-    )
-
-
-def _generator(seed: int, stream: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 3 + stream)
+def _weight(row: RowPlan) -> int:
+    """Return the passes that a row would take without a cache."""
+    return row.steps * (2 if row.policy.startswith("cfg") else 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that the demo and the evaluation sample from, with the settings to sample them at."""
+"""The models that a comparison samples from, with the settings to sample them at."""
 
 from __future__ import annotations
 
@@ -7,29 +7,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from disca.cache import Resources
 from disca.compare.files import write_text
 from disca.errors import UserError
+from disca.sample.schedule import flow_shift_schedule
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from disca.cache.calibration import Calibration
     from disca.data.source import ClipBatch, ClipSource
     from disca.distill.bundle import Bundle
     from disca.eval.classifier import ClipClassifier
+    from disca.models.condition import Condition
     from disca.models.dit import DiT
     from disca.models.state import State
 
-__all__ = ["HOSTS", "Form", "Sampling", "Suite", "load_suite", "shipped_checkpoints"]
-
-Form = Literal["paper", "residual"]
-
-HOSTS = ("teacher", "cfg", "meanflow", "rmeanflow")
-"""The stages that the comparison samples from."""
+__all__ = ["Sampling", "Suite", "load_suite", "shipped_checkpoints"]
 
 SAMPLING_FILE = "sampling.yaml"
 
@@ -40,14 +39,14 @@ class Sampling(BaseModel):
     Attributes:
         guidance: guidance scale of the two-pass teacher and of the distilled models.
         shift: flow shift of the schedule.
-        form: form of the predictor where none is named.
+        predictor: stage of the predictor where none is named.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     guidance: float = Field(4.0, gt=0)
     shift: float = Field(5.0, gt=0)
-    form: Form = "residual"
+    predictor: str = "predictor"
 
 
 @dataclass(frozen=True)
@@ -57,47 +56,63 @@ class Suite:
     Attributes:
         source: data source; encodes prompts and draws real clips.
         hosts: the networks by stage.
-        predictors: the predictors by form; call one as ``predictor(state, cache)``.
-        classifier: judges clips.
-        sampling: guidance, shift, form.
+        predictors: the predictors by stage; call one as ``predictor(state, cache)``.
+        classifier: judges clips; None where the data have no labels.
+        sampling: guidance, shift, predictor.
     """
 
     source: ClipSource
     hosts: Mapping[str, DiT]
-    predictors: Mapping[Form, nn.Module]
+    predictors: Mapping[str, nn.Module]
     classifier: ClipClassifier | None
     sampling: Sampling
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, sampling: Sampling) -> Suite:
         """Sort the models of a run by what the comparison uses them for."""
-        from disca.distill.config import PredictorStage
         from disca.eval.classifier import ClipClassifier
+        from disca.models import DiT, Predictor
 
-        predictors: dict[Form, nn.Module] = {}
-        for name, stage in bundle.config.stages.items():
-            if isinstance(stage, PredictorStage) and name in bundle.models:
-                predictors.setdefault(stage.form, bundle.predictor(name))
-        classifiers = [m for m in bundle.models.values() if isinstance(m, ClipClassifier)]
+        models = bundle.models
+        classifiers = [model for model in models.values() if isinstance(model, ClipClassifier)]
         return cls(
             source=bundle.source,
-            hosts={name: bundle.dit(name) for name in HOSTS if name in bundle.models},
-            predictors=predictors,
+            hosts={name: model for name, model in models.items() if isinstance(model, DiT)},
+            predictors={n: model for n, model in models.items() if isinstance(model, Predictor)},
             classifier=classifiers[0] if classifiers else None,
             sampling=sampling,
         )
 
     def prompts_of(self, batch: ClipBatch) -> list[str]:
-        """Return the prompts that describe a batch's clips.
-
-        Raises:
-            UserError: the data have no labels, so nothing can be scored.
-        """
+        """Return the prompts that describe a batch's clips; none where the data have no labels."""
         encoder = getattr(self.source, "prompts", None)
         if batch.labels is None or encoder is None:
-            raise UserError("the comparison needs labelled clips, such as the moving digits")
+            return []
         prompts: list[str] = encoder.prompts(batch.labels)
         return prompts
+
+    def condition(self, stage: str, cond: Condition) -> Condition:
+        """Return a condition with the guidance scale, if the stage's network takes one."""
+        guided = self.host(stage).config.guidance_embed
+        return cond.with_guidance(self.sampling.guidance if guided else None)
+
+    def schedule(self, steps: int) -> Tensor:
+        """Return the times of a run of so many steps, [steps + 1]."""
+        return flow_shift_schedule(steps, self.sampling.shift)
+
+    def resources(self, calibration: Callable[[str], Calibration]) -> Resources:
+        """Return what the settings of a policy may name.
+
+        The predictor of :class:`Sampling` comes first.
+        """
+        first = self.sampling.predictor
+        names = sorted(self.predictors, key=lambda name: name != first)
+        return Resources(
+            {name: self.predictors[name] for name in names},
+            calibration,
+            self.source.null,
+            self.sampling.guidance,
+        )
 
     def host(self, stage: str) -> DiT:
         """Return the network of a stage.
@@ -110,18 +125,17 @@ class Suite:
             raise UserError(f"the checkpoints have no finished stage {stage!r}; found: {found}")
         return self.hosts[stage]
 
-    def predictor(self, form: Form) -> Callable[[State, Tensor], Tensor]:
-        """Return the predictor of a form.
+    def predictor(self, stage: str | None = None) -> Callable[[State, Tensor], Tensor]:
+        """Return a predictor; without a name that of :class:`Sampling`.
 
         Raises:
             UserError: the checkpoints do not have it.
         """
-        if form not in self.predictors:
+        stage = stage or self.sampling.predictor
+        if stage not in self.predictors:
             found = ", ".join(self.predictors) or "none"
-            raise UserError(
-                f"the checkpoints have no predictor of the {form!r} form; found: {found}"
-            )
-        return self.predictors[form]
+            raise UserError(f"the checkpoints have no predictor {stage!r}; found: {found}")
+        return self.predictors[stage]
 
 
 def shipped_checkpoints() -> Path:
@@ -134,7 +148,7 @@ def load_suite(folder: Path | None = None, **changes: object) -> Suite:
 
     Args:
         folder: output folder of ``disca train`` or of an export; the shipped checkpoints by
-            default. A file ``sampling.yaml`` in it sets guidance, shift and form.
+            default. A file ``sampling.yaml`` in it sets guidance, shift and predictor.
         **changes: fields of :class:`Sampling` to set; None leaves a field as it is.
 
     Returns:

@@ -1,112 +1,138 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure denoising loops against each other."""
+"""Time denoising loops against each other, and measure the memory that they take."""
 
 from __future__ import annotations
 
 import random
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from disca.compare.methods import Method, run_method
+from disca.compare.scoring import Inputs
 from disca.models import PredictorStep
+from disca.sample import cached_sample
 from disca_kernels import mean_velocity_step
+from disca_kernels.testing.memory import allocated_peak
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from disca.compare.suite import Form, Suite
+    from disca.cache import Policy
+    from disca.compare.plan import RowPlan
+    from disca.compare.suite import Suite
     from disca.models.condition import Condition
+    from disca.models.dit import DiT
+    from disca.models.state import State
 
-__all__ = ["interleaved", "measure_methods", "measure_step"]
+__all__ = ["Seconds", "interleaved", "measure_step", "row_peak", "time_row"]
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Wall time of one run.
+
+    Attributes:
+        loop: the denoising loop.
+        total: prompts encoded, noise drawn, the loop, clips turned into bytes.
+    """
+
+    loop: float
+    total: float
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], float]],
-    repeats: int,
+    runs: Mapping[str, Callable[[], Result]],
+    repeat: int,
     *,
     advance: Callable[[str], object] | None = None,
-) -> dict[str, list[float]]:
-    """Run every entry once a repeat, in an order that changes, and collect what each returns.
+) -> dict[str, Result]:
+    """Run every entry once, in an order that changes with ``repeat``.
 
     Whatever slows the machine down for a while then slows all of them, and no entry always follows
     the same neighbour.
 
     Args:
-        runs: name to a function that returns its seconds.
-        repeats: how often each runs.
+        runs: name to a function that returns what it measured.
+        repeat: number of the repeat, which decides the order.
         advance: called with the name after each run.
 
     Returns:
-        Name to the seconds of each repeat, in the order of the repeats.
+        Name to what was measured.
     """
-    order = random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name in order.sample(list(runs), len(runs)):
-            seconds[name].append(runs[name]())
-            if advance is not None:
-                advance(name)
-    return seconds
+    order = random.Random(repeat)
+    measured = {}
+    for name in order.sample(list(runs), len(runs)):
+        measured[name] = runs[name]()
+        if advance is not None:
+            advance(name)
+    return measured
 
 
-def measure_methods(
-    suite: Suite,
-    methods: list[Method],
-    noise: Tensor,
-    cond: Condition,
-    repeats: int,
-    *,
-    advance: Callable[[str], object] | None = None,
-) -> dict[str, list[float]]:
-    """Time the denoising loop of each method; encoding prompts and writing clips are left out.
+def time_row(suite: Suite, row: RowPlan, policy: Policy, inputs: Inputs, seed: int) -> Seconds:
+    """Time one run of a row, the loop alone and end to end.
 
     Args:
         suite: the models.
-        methods: what to time.
-        noise: starting points [B, C, F, H, W], the same for all.
-        cond: prompts, batch B.
-        repeats: how often each is timed.
-        advance: called with the name after each run.
-
-    Returns:
-        Key of the method to its seconds, one a repeat.
+        row: model and steps.
+        policy: the row's policy.
+        inputs: what prompts to follow and how many clips.
+        seed: seed of the noise.
     """
-    _warm_up(suite, methods, noise, cond)
-    runs = {
-        method.key: lambda method=method: run_method(suite, method, noise, cond).seconds
-        for method in methods
-    }
-    return interleaved(runs, repeats, advance=advance)
+    prompts = suite.prompts_of(inputs.real)
+    started = time.perf_counter()
+    cond = suite.source.encode(prompts) if prompts else inputs.real.condition
+    cond = suite.condition(row.model, cond)
+    noise = torch.randn(inputs.noise.shape, generator=torch.Generator().manual_seed(seed))
+    result = cached_sample(suite.host(row.model), policy, noise, suite.schedule(row.steps), cond)
+    result.x.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).cpu()
+    return Seconds(result.seconds, time.perf_counter() - started)
+
+
+def row_peak(suite: Suite, row: RowPlan, policy: Policy, inputs: Inputs) -> int:
+    """Return the bytes that a row's loop takes at most beyond weights and inputs, of one clip."""
+    cond = suite.condition(row.model, inputs.real.condition)
+    schedule = suite.schedule(row.steps)
+    host = suite.host(row.model)
+
+    def run() -> None:
+        cached_sample(host, policy, inputs.noise, schedule, cond)
+
+    return allocated_peak(run, inputs.noise.device) // len(inputs.noise)
 
 
 @torch.no_grad()
 def measure_step(
-    suite: Suite, form: Form, noise: Tensor, cond: Condition, repeats: int
+    host: DiT,
+    predictor: Callable[[State, Tensor], Tensor],
+    noise: Tensor,
+    cond: Condition,
+    repeats: int,
 ) -> dict[str, list[float]]:
     """Time one full step and one predicted step, from sample to sample.
 
     Args:
-        suite: the models.
-        form: the predictor's form.
+        host: the network.
+        predictor: its predictor.
         noise: starting points [B, C, F, H, W].
-        cond: prompts, batch B.
+        cond: prompts with guidance, batch B.
         repeats: how often each is timed.
 
     Returns:
         "full" and "predicted" to their seconds, one a repeat.
     """
-    host = suite.host("rmeanflow")
-    step = PredictorStep(host, suite.predictor(form))
-    cond = cond.with_guidance(suite.sampling.guidance)
+    step = PredictorStep(host, predictor)
     t, r = noise.new_full((len(noise),), 0.8), noise.new_full((len(noise),), 0.7)
-    cache = host.run(host.embed(noise, t, r, cond)).tokens
+    end = r if host.mean_flow else None
+    cache = host.run(host.embed(noise, t, end, cond)).tokens
 
     def full() -> float:
         started = time.perf_counter()
-        mean_velocity_step(noise, host.head(host.run(host.embed(noise, t, r, cond))), t, r)
+        mean_velocity_step(noise, host.head(host.run(host.embed(noise, t, end, cond))), t, r)
         return time.perf_counter() - started
 
     def predicted() -> float:
@@ -115,14 +141,6 @@ def measure_step(
         return time.perf_counter() - started
 
     runs = {"full": full, "predicted": predicted}
-    interleaved(runs, 1)
-    return interleaved(runs, repeats)
-
-
-def _warm_up(suite: Suite, methods: list[Method], noise: Tensor, cond: Condition) -> None:
-    """Run the shortest method of each model and policy once."""
-    shortest: dict[tuple[str, str, str | None], Method] = {}
-    for method in sorted(methods, key=lambda method: method.steps):
-        shortest.setdefault((method.model, method.policy, method.form), method)
-    for method in shortest.values():
-        run_method(suite, method, noise, cond)
+    measured = [interleaved(runs, repeat) for repeat in range(repeats + 1)]
+    # The first of each warms up.
+    return {name: [each[name] for each in measured[1:]] for name in runs}
