@@ -286,8 +286,6 @@ def calibrate(
     times = tuple(float(time) for time in schedule)
     shapes: list[tuple[int, ...]] = []
     tensors = cls.fit(host, times, _with_shapes(batches, shapes))
-    if not shapes:
-        raise UserError(f"policy {policy_name!r}: a calibration needs at least one clip")
     return Calibration(
         policy_name, times, shapes[0], weights_digest(host), tensors, dict(settings or {})
     )
@@ -305,6 +303,8 @@ def _with_shapes(
                 f"{list(shapes[0])} and {list(shapes[-1])}"
             )
         yield noise, cond
+    if not shapes:
+        raise UserError("a calibration needs at least one clip, got none")
 
 
 @torch.no_grad()

@@ -103,6 +103,11 @@ class SingleBlock(nn.Module):
         joined = gelu_tanh(*self._inner(x), self._attend(x, state))
         return state.with_tokens(gated_residual(tokens, self.linear2(joined), gate))
 
+    def modulated(self, state: State) -> Tensor:
+        """Return the video tokens as the first layer gets them [B, n_video, C]."""
+        shift, scale, _ = self.modulation(state.vec)
+        return adaln_modulate(state.video, shift, scale)
+
     def attention(self, state: State) -> Tensor:
         """Return attention's share of the update before the gate [B, N, C], without bias."""
         shift, scale, _ = self.modulation(state.vec)
@@ -183,6 +188,11 @@ class DoubleBlock(nn.Module):
             tokens, x = gated_residual_adaln(tokens, update, gate, shift, scale)
             streams.append(gated_residual(tokens, self._part(stream, "mlp")(x), gate_mlp))
         return state.with_streams(*streams)
+
+    def modulated(self, state: State) -> Tensor:
+        """Return the video tokens as the projection to queries gets them [B, n_video, C]."""
+        shift, scale = self._part("img", "mod")(state.vec)[:2]
+        return adaln_modulate(state.video, shift, scale)
 
     def attention(self, state: State) -> Tensor:
         """Return both streams' attention updates before the gates, joined [B, N, C]."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from disca.models.condition import Condition
 from disca.models.state import State
 
-__all__ = ["Block", "Host"]
+__all__ = ["Block", "Host", "ModulatedBlock"]
 
 
 @runtime_checkable
@@ -40,6 +40,17 @@ class Block(Protocol):
         self, state: State, *, attention: Tensor | None = None, mlp: Tensor | None = None
     ) -> State:
         """Add sub-layer outputs through the current gates."""
+
+
+@runtime_checkable
+class ModulatedBlock(Protocol):
+    """A block whose modulated input can be read without running the block.
+
+    Its change from step to step foretells that of the output (TeaCache, arXiv 2411.19108).
+    """
+
+    def modulated(self, state: State) -> Tensor:
+        """Return the video tokens after the first norm, shift and scale [B, n_video, C]."""
 
 
 @runtime_checkable
