@@ -183,6 +183,35 @@ def compare(
     )
 
 
+@app.command()
+def calibrate(
+    policy: Annotated[str, typer.Option(help="A calibrated policy: teacache, magcache or icc.")],
+    out: Annotated[Path, typer.Option(help="Folder of the calibration.")],
+    model: Annotated[str, typer.Option(help="Stage that is measured.")] = "rmeanflow",
+    steps: Annotated[int, typer.Option(help="Number of steps.")] = 20,
+    checkpoints: Checkpoints = None,
+    clips: Annotated[int, typer.Option(help="Clips of the uncached runs.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and noise.")] = 0,
+    guidance: Guidance = None,
+    shift: Shift = None,
+) -> None:
+    """Fit a policy to a model on uncached runs and write what was measured."""
+    from disca.compare.calibrating import calibrate_command
+
+    lines = calibrate_command(
+        policy,
+        model,
+        steps,
+        out,
+        checkpoints=checkpoints,
+        clips=clips,
+        seed=seed,
+        changes={"guidance": guidance, "shift": shift},
+    )
+    for line in lines:
+        typer.echo(line)
+
+
 @ablate.command("time-tangent")
 def time_tangent(
     checkpoints: Annotated[Path, typer.Option(help="Folder of a training run.")],
