@@ -106,7 +106,7 @@ class PyramidAttentionBroadcast(SubLayerPolicy):
     def _source(self, time: float) -> int:
         """Return the first step that starts at or below ``time`` and has a step after it."""
         for index, start in enumerate(self.schedule[:-2]):
-            if start <= time:
+            if start <= time + 1e-6:  # schedules are float32: 0.8 comes as 0.80000001
                 return index
         raise UserError(
             f"policy 'pab': an MLP broadcast at t = {time:g} reaches no step: the last step that "
