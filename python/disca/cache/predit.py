@@ -73,7 +73,7 @@ class PrediT(OutputPolicy):
             )
         if first < 2:
             raise UserError(
-                "policy 'predit': a forecast needs two outputs, so at least the first two steps are "
+                "policy 'predit': a forecast needs two outputs, so the first two steps are always "
                 f"computed, got first={first}"
             )
         if not corrector >= 0:
