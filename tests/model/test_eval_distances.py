@@ -83,7 +83,7 @@ def test_scales():
         sliced_wasserstein(rough, smooth, scales=scales, **options).values
         for scales in ([1], [2], None)
     )
-    assert one > 0.3
+    assert one > 0.1
     assert two < 1e-6
     assert both == pytest.approx(one / 2, rel=1e-6)
     cut = torch.cat([smooth, 100 + noise(64, 1, 2, 8, 1)], 4)  # a ninth column, left out at scale 2
