@@ -34,6 +34,7 @@ __all__ = [
     "CalibratedPolicy",
     "Calibration",
     "calibrate",
+    "calibrated_class",
     "observe",
     "weights_digest",
 ]
@@ -254,6 +255,19 @@ class CalibratedPolicy(TokenPolicy):
         return super().advance(step)
 
 
+def calibrated_class(name: str) -> type[CalibratedPolicy]:
+    """Return the class of a calibrated policy.
+
+    Raises:
+        UserError: no policy of this name, or one that needs no calibration.
+    """
+    found = policy_class(name)
+    if not issubclass(found, CalibratedPolicy):
+        known = ", ".join(other for other in POLICIES if policy_class(other).calibrated)
+        raise UserError(f"policy {name!r} needs no calibration; those that do: {known}")
+    return found
+
+
 @torch.no_grad()
 def calibrate(
     policy_name: str,
@@ -279,10 +293,7 @@ def calibrate(
         UserError: an unknown policy or one without calibration, no batch, batches of different
             resolutions, or what :meth:`CalibratedPolicy.fit` raises.
     """
-    cls = policy_class(policy_name)
-    if not issubclass(cls, CalibratedPolicy):
-        known = ", ".join(name for name in POLICIES if policy_class(name).calibrated)
-        raise UserError(f"policy {policy_name!r} needs no calibration; those that do: {known}")
+    cls = calibrated_class(policy_name)
     times = tuple(float(time) for time in schedule)
     shapes: list[tuple[int, ...]] = []
     tensors = cls.fit(host, times, _with_shapes(batches, shapes))

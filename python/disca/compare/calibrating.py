@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from disca.cache.calibration import CalibratedPolicy, Calibration, calibrate
-from disca.cache.registry import policy_class
+from disca.cache.calibration import Calibration, calibrate, calibrated_class
 from disca.compare.files import output_folder
 from disca.compare.suite import load_suite
 from disca.errors import UserError
@@ -142,11 +141,10 @@ def calibrate_command(
     Raises:
         UserError: anything that does not fit; nothing is written then.
     """
-    cls = policy_class(policy)
+    cls = calibrated_class(policy)
     suite = load_suite(checkpoints, **changes)
     output_folder(out)
     made = make_calibration(suite, policy, model, steps, clips=clips, seed=seed, progress=True)
-    assert issubclass(cls, CalibratedPolicy)
     path = made.save(calibration_path(out, policy, model, steps))
     return [*cls.summary(made.tensors), f"wrote {path}"]
 
