@@ -83,7 +83,7 @@ def test_easycache_by_hand():
 
 
 def test_easycache_counts_the_error_from_the_last_computed_step():
-    """The run above, its step 2 at e = 1 still below the threshold and its step 8 at 1.078 above."""
+    """The run above, step 2 at e = 1 still below the threshold and step 8 at 1.078 above."""
     host = ScriptedHost({1.0: 1.0, 0.9: 2.0, 0.7: 1.0, 0.2: 9.0, 0.1: 5.0})
     result = sample(host, EasyCache(1.00001, first=2), ZERO, TENTHS)
     assert result.report.computed == (0, 1, 3, 8, 9)

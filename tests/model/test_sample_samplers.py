@@ -8,8 +8,9 @@ from itertools import pairwise
 import pytest
 import torch
 
+from disca.cache import CacheReport, StepOutput
 from disca.errors import UserError
-from disca.sample import cfg_velocity, euler, flow_shift_schedule, mean_velocity
+from disca.sample import cached_sample, cfg_velocity, euler, flow_shift_schedule, mean_velocity
 
 RATE = 1.7
 
@@ -140,3 +141,68 @@ def test_guidance(guidance):
 def test_rejects_a_rising_schedule():
     with pytest.raises(UserError, match="must decrease"):
         euler(lambda x, t: x, torch.zeros(1, 1), torch.tensor([0.0, 1.0]))
+
+
+class Scripted:
+    """A policy that subtracts 1 a step and computes the even ones; it keeps what it was given."""
+
+    name = "scripted"
+    idle_ok = False
+
+    def __init__(self, hooked=("all",), skips=True):
+        self.hooked, self.skips = hooked, skips
+
+    def reset(self, host, schedule):
+        self.host, self.schedule, self.given = host, schedule, []
+
+    def advance(self, step):
+        self.given.append(step)
+        return StepOutput(step.x - 1, step.index % 2 == 0)
+
+    def report(self):
+        computed = range(0, len(self.given), 2 if self.skips else 1)
+        skipped = range(1, len(self.given), 2) if self.skips else ()
+        return CacheReport(self.name, self.hooked, tuple(computed), tuple(skipped), 24)
+
+
+def test_cached_sample_hands_every_step_to_the_policy():
+    policy, schedule, steps = Scripted(), torch.tensor([1.0, 0.6, 0.5, 0.0]), []
+    x = noise(2, 3, dtype=torch.bfloat16)
+    result = cached_sample("host", policy, x, schedule, "cond", callback=steps.append)
+    assert policy.host == "host"
+    assert policy.schedule == schedule.tolist()
+    for index, step in enumerate(policy.given):
+        assert (step.index, step.cond) == (index, "cond")
+        assert torch.equal(step.t, schedule[index].expand(2))
+        assert torch.equal(step.r, schedule[index + 1].expand(2))
+        assert torch.equal(step.x, x.float() - index)
+    assert [step.full for step in steps] == [True, False, True]
+    assert [(step.t, step.r) for step in steps] == list(pairwise(schedule.tolist()))
+    assert torch.equal(steps[1].x, x.float() - 2)
+    assert torch.equal(result.x, x.float() - 3)
+    assert result.report == CacheReport("scripted", ("all",), (0, 2), (1,), 24)
+    assert (result.full_passes, result.predictor_passes, result.cache_bytes) == (2, 1, 24)
+    assert result.trajectory == []
+
+
+def test_cached_sample_keeps_the_trajectory_if_asked():
+    x = noise(2, 3)
+    result = cached_sample(
+        "host", Scripted(), x, flow_shift_schedule(3).double(), None, trajectory=True
+    )
+    assert [torch.equal(kept, x - i) for i, kept in enumerate(result.trajectory, 1)] == [True] * 3
+    assert result.x.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (Scripted(skips=False), "hooked 1 parts of the host and skipped 0 of 3 steps"),
+        (Scripted(hooked=()), "hooked 0 parts of the host and skipped 1 of 3 steps"),
+    ],
+)
+def test_cached_sample_refuses_a_policy_that_changed_nothing(policy, message):
+    with pytest.raises(UserError, match=message):
+        cached_sample("host", policy, noise(2, 3), flow_shift_schedule(3), None)
+    policy.idle_ok = True
+    assert cached_sample("host", policy, noise(2, 3), flow_shift_schedule(3), None).full_passes
