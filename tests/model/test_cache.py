@@ -7,13 +7,17 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from disca.cache import CacheReport, Decision, LearnedPredictor, NoCache, Reuse
+from disca.cache import CacheReport, LearnedPredictor, NoCache, Reuse, Store
+from disca.cache.fora import Fora
+from disca.cache.guided import Guided
+from disca.cache.interval import Interval
 from disca.errors import UserError
 from disca.models import Condition, DiT, DiTConfig
 from disca.models.predictor import Predictor
 from disca.sample import cached_sample, disca_sample, flow_shift_schedule, mean_velocity
+from tests.model.cache_hosts import LAYOUTS, TableBlock, TableHost, sample, tiny_case, uniform
 
 SCHEDULE = flow_shift_schedule(20)
 N4 = [0, 1, 2, 5, 9, 13, 17, 19]
@@ -145,22 +149,14 @@ def test_cache_bytes(x, dtype):
 
 def test_report_and_reset(x):
     policy = Reuse(N4)
+    hooked, skipped = ("tokens before the head",), tuple(i for i in range(20) if i not in N4)
     for _ in range(2):  # nothing of the first run is left in the second
-        cached_sample(ToyHost(), policy, x, SCHEDULE, None)
-        bytes_ = x.numel() * 4
-        assert policy.report() == CacheReport("reuse", ("tokens before the head",), 8, 12, bytes_)
-    policy.reset(ToyHost(), 20)
-    assert policy.cache is None
-    assert policy.report() == CacheReport("reuse", ("tokens before the head",), 0, 0, 0)
-
-
-def test_skip_before_compute(x):
-    policy, host = Reuse([0]), ToyHost()
-    policy.reset(host, 2)
-    state = host.embed(x, SCHEDULE[:1].expand(4), SCHEDULE[1:2].expand(4), None)
-    assert policy.step(1, state) is Decision.SKIP
-    with pytest.raises(UserError, match="compute a step before"):
-        policy.skip(host, state)
+        result = cached_sample(ToyHost(), policy, x, SCHEDULE, None)
+        expected = CacheReport("reuse", hooked, tuple(N4), skipped, x.numel() * 4)
+        assert result.report == policy.report() == expected
+    policy.reset(ToyHost(), SCHEDULE.tolist())
+    assert len(policy.store) == 0
+    assert policy.report() == CacheReport("reuse", hooked, (), (), 0)
 
 
 @pytest.mark.parametrize("policy", [Reuse(range(20)), LearnedPredictor(SpyPredictor(), range(20))])
@@ -169,22 +165,34 @@ def test_rejects_a_policy_that_cannot_skip(x, policy):
         cached_sample(ToyHost(), policy, x, SCHEDULE, None)
 
 
-@pytest.mark.parametrize("full", [[], [1, 2], [0, 20], [0, -1]])
-def test_rejects_full_steps_that_do_not_fit(x, full):
-    with pytest.raises(UserError, match="full steps from 0 to 19 with step 0 among them"):
+@pytest.mark.parametrize(
+    ("full", "message"),
+    [
+        ([], "must contain step 0"),
+        ([1, 2], "must contain step 0"),
+        ([0, 20], "full step 20 is out of range: a schedule of 20 steps has steps 0 to 19"),
+        ([0, -1], "full step -1 is out of range"),
+        ([0, 3, 3], "full step 3 is given twice"),
+    ],
+)
+def test_rejects_full_steps_that_do_not_fit(x, full, message):
+    with pytest.raises(UserError, match=message):
         cached_sample(ToyHost(), Reuse(full), x, SCHEDULE, None)
 
 
-@pytest.mark.parametrize(("hooked", "computed", "skipped"), [(("x",), 20, 0), ((), 8, 12)])
-def test_rejects_an_adaptive_policy_that_did_nothing(x, hooked, computed, skipped):
+@pytest.mark.parametrize(
+    ("hooked", "skipped", "counts"),
+    [(("x",), (), "hooked 1 .* skipped 0 of 20"), ((), (1, 2), "hooked 0 .* skipped 2 of 20")],
+)
+def test_rejects_an_adaptive_policy_that_did_nothing(x, hooked, skipped, counts):
     class Inert(NoCache):
         name = "inert"
         idle_ok = False
 
         def report(self):
-            return CacheReport(self.name, hooked, computed, skipped, 0)
+            return CacheReport(self.name, hooked, (0,), skipped, 0)
 
-    with pytest.raises(UserError, match=r"policy .inert. hooked . parts .* changed nothing"):
+    with pytest.raises(UserError, match=f"policy 'inert' {counts} steps: it changed nothing"):
         cached_sample(ToyHost(), Inert(), x, SCHEDULE, None)
 
 
@@ -252,3 +260,132 @@ def test_dit_untrained_residual_predictor_is_reuse(real_host, real_inputs):
     assert not torch.equal(reused.x, plain.x)
     # video tokens (1 * 2 * 3) and text tokens (3, padding included) of width 24, two samples
     assert learned.cache_bytes == 2 * (6 + 3) * 24 * 4
+
+
+# What the policies are built of
+
+
+def test_store_counts_storages_once():
+    store, base = Store(), torch.zeros(4, 8)
+    store["whole"], store["view"] = base, base[:, :2]
+    assert store.nbytes() == 4 * 8 * 4
+    store["double"] = torch.zeros(3, dtype=torch.float64)
+    assert store.nbytes() == 4 * 8 * 4 + 3 * 8
+    del store["whole"]  # the view still holds all of it
+    assert store.nbytes() == 4 * 8 * 4 + 3 * 8
+    assert (len(store), sorted(store)) == (2, ["double", "view"])
+
+
+def test_store_detaches_and_remembers_its_peak():
+    store = Store()
+    store["x"] = torch.ones(10, requires_grad=True) * 2
+    assert not store["x"].requires_grad
+    assert store.peak == 0
+    store.measure()
+    store["x"] = torch.ones(2)
+    store.measure()
+    assert (store.nbytes(), store.peak) == (8, 40)
+
+
+@pytest.mark.parametrize(
+    ("settings", "full"),
+    [((3,), [0, 3, 6, 9]), ((4, 3), [0, 1, 2, 6, 10]), ((6, 4), [0, 1, 2, 3, 9])],
+)
+def test_interval(settings, full):
+    interval = Interval("some", *settings)
+    assert [i for i in range(11) if interval.full(i)] == full
+    assert [interval.since(i) for i in range(11)] == [
+        i - max(step for step in full if step <= i) for i in range(11)
+    ]
+
+
+def test_interval_refusals():
+    with pytest.raises(UserError, match="'some': an interval of 1 computes every step"):
+        Interval("some", 1)
+    with pytest.raises(UserError, match="'some': at least the first step is full, got first=0"):
+        Interval("some", 2, 0)
+    Interval("some", 2, 4).check(5)
+    with pytest.raises(UserError, match="first 4 steps are full and the run has 4"):
+        Interval("some", 2, 4).check(4)
+
+
+# FORA
+
+
+def test_fora_by_hand():
+    """Both kept outputs pass through the gate of now."""
+    # t = 1: 0 + 1·8 + 1·2 = 10, x = 0 − ½·10 = −5
+    # t = ½: −5 + ½·8 + ½·2 = 0, x stays
+    host = TableHost(TableBlock(lambda t: 8 * t, lambda t: 2 * t))
+    result = sample(host, "fora:interval=2", torch.zeros(1, 1, 2, 1, 2), [1, 0.5, 0])
+    assert result.trajectory[0].unique().tolist() == [-5]
+    assert result.x.unique().tolist() == [-5]
+    assert result.report.hooked == ("block 0: attention", "block 0: mlp")
+    assert result.report.cache_bytes == 2 * 5 * 4  # two outputs of 4 pixels and a text token
+
+
+@pytest.mark.parametrize(("first", "computed"), [(1, (0, 3, 6)), (3, (0, 1, 2, 5))])
+def test_fora_steps(first, computed):
+    host = TableHost(TableBlock(lambda t: t, lambda t: t))
+    x = torch.zeros(1, 1, 1, 1, 1)
+    report = sample(host, f"fora:interval=3,first={first}", x, uniform(8)).report
+    assert report.computed == computed
+    assert host.blocks[0].calls == {"attention": len(computed), "mlp": len(computed)}
+
+
+@pytest.mark.parametrize("config", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_fora_skipped_step(config):
+    host, x, cond = tiny_case(config)
+    times = uniform(3)
+    policy = Fora(2)
+    result = sample(host, policy, x, times, cond)
+    assert torch.equal(result.x, sample(host, policy, x, times, cond).x)
+
+    def embed(index, x):
+        t, r = (times[i].expand(len(x)) for i in (index, index + 1))
+        return host.embed(x, t, r if host.mean_flow else None, cond)
+
+    with torch.no_grad():
+        before, now = embed(0, x), embed(1, result.trajectory[0])
+        whole = host.head(host.run(now))
+        for block in host.blocks:
+            attention, after = block.attention(before), before
+            if not block.parallel:
+                after = block.combine(before, attention=attention)
+            mlp = block.mlp(after)
+            before = block(before)
+            now = block.combine(block.combine(now, attention=attention), mlp=mlp)
+        expected = result.trajectory[0] - (times[1] - times[2]) * host.head(now)
+    torch.testing.assert_close(result.trajectory[1], expected, rtol=1e-5, atol=1e-5)
+    assert (host.head(now) - whole).abs().max() > 1e-2
+    assert result.report.cache_bytes == 2 * len(host.blocks) * 2 * before.shape[1] * 24 * 4
+
+
+def test_sublayer_policies_refuse_a_host_without_sublayers():
+    host = TableHost(TableBlock(lambda t: t, lambda t: t), nn.Linear(1, 1))
+    with pytest.raises(UserError, match=r"block 1 of the host \(Linear\) does not expose them"):
+        sample(host, "fora:interval=2", torch.zeros(1, 1, 1, 1, 1), uniform(4))
+    with pytest.raises(UserError, match="nothing to hook: the host has no blocks"):
+        sample(TableHost(), "pab:interval=2", torch.zeros(1, 1, 1, 1, 1), uniform(4))
+
+
+# Guidance
+
+
+def test_guided_by_hand():
+    """v = v_null + g (v_cond − v_null), the host run twice a step."""
+
+    class Prompted(TableHost):
+        def embed(self, x, t, r, cond):
+            state = super().embed(x, t, r, cond)
+            return state.with_tokens(state.tokens + cond)
+
+    host = Prompted(TableBlock(lambda t: 0.0, lambda t: 0.0))
+    policy = Guided(lambda batch: torch.full((batch, 1, 1), 3.0), guidance=6.0)
+    cond = torch.full((2, 1, 1), 4.0)
+    result = sample(host, policy, torch.ones(2, 1, 1, 1, 1), [1, 0.5, 0], cond)
+    # the velocity is x + prompt: step 0: 4 + 6·(5 − 4) = 10, x = 1 − 5 = −4
+    # step 1: −1 + 6·(0 + 1) = 5, x = −4 − 2.5
+    assert [step.unique().tolist() for step in result.trajectory] == [[-4], [-6.5]]
+    assert host.blocks[0].calls == {"attention": 4, "mlp": 4}
+    assert result.report == CacheReport("cfg", (), (0, 1), (), 0)
