@@ -184,6 +184,37 @@ def compare(
 
 
 @app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder that disca compare wrote.")],
+) -> None:
+    """Write report.html anew from the results and clips of a comparison."""
+    from disca.compare.report import write_report
+
+    typer.echo(f"wrote {write_report(folder)}")
+
+
+@app.command("export-vbench")
+def export_vbench(
+    folder: Annotated[Path, typer.Argument(help="Folder that disca compare wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder of videos, prompts and command lines.")],
+    full_info: Annotated[
+        Path | None,
+        typer.Option(help="VBench_full_info.json, if the prompts are VBench's own."),
+    ] = None,
+    fps: Annotated[float, typer.Option(help="Frames per second of the videos.")] = 8.0,
+    scale: Annotated[int, typer.Option(help="Enlargement in whole pixels.")] = 1,
+) -> None:
+    """Lay the clips of a comparison out as VBench reads them, with the commands that score them."""
+    from disca.compare.vbench import export_comparison
+
+    done = export_comparison(folder, out, full_info=full_info, fps=fps, scale=scale)
+    typer.echo(f"wrote {done.videos} videos of each of {len(done.methods)} methods to {out}")
+    if done.missing:
+        typer.echo(f"a full score needs {done.missing} more videos of each method")
+    typer.echo(f"score them with {done.script}")
+
+
+@app.command()
 def calibrate(
     policy: Annotated[str, typer.Option(help="A calibrated policy: teacache, magcache or icc.")],
     out: Annotated[Path, typer.Option(help="Folder of the calibration.")],
