@@ -113,7 +113,7 @@ def adams_bashforth(times, outputs, t):
 def test_predit_predicts_with_adams_bashforth():
     times = [1.0, 0.9, 0.6, 0.5, 0.2]
     host = ScriptedHost({1.0: 1.0, 0.9: 4.0, 0.6: 2.0})
-    policy = PrediT(99.0, longest=2, corrector=math.inf)
+    policy = PrediT(99.0, order=2, longest=2)
     result = sample(host, policy, ZERO, [*times, 0.0])
     assert result.report.computed == (0, 1, 2)
     predicted = [adams_bashforth(times[:3], [1.0, 4.0, 2.0], t) for t in times[3:]]
@@ -201,7 +201,7 @@ def test_dit_by_hand(layout):
     x2 = x1 - (t[1] - t[2]) * second
     replaced = {
         "easycache:threshold=1e9,first=2": x2 + second - x1,
-        "predit:threshold=1e9,order=1,longest=1,first=2,corrector=.inf": second
+        "predit:threshold=1e9,order=1,longest=1,first=2": second
         + (t[2] - t[1]) * (second - first) / (t[1] - t[0]),
     }
     for spec, third in replaced.items():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING
 
 from disca.cache.differences import Differences
@@ -42,7 +43,7 @@ class PrediT(OutputPolicy):
         order: degree of the polynomials, 1 or 2; lower until there are enough outputs.
         longest: most steps skipped in a row.
         first: steps computed at the start, at least 2.
-        corrector: rate from which the corrector acts; 0 is always, infinity never.
+        corrector: rate from which the corrector acts; 0 is always, infinity, the default, never.
 
     Raises:
         UserError: a setting out of range.
@@ -54,10 +55,10 @@ class PrediT(OutputPolicy):
         self,
         threshold: float,
         *,
-        order: int = 2,
+        order: int = 1,
         longest: int = 4,
         first: int = 3,
-        corrector: float = 0.0,
+        corrector: float = inf,
     ) -> None:
         if not threshold > 0:
             raise UserError(
@@ -128,11 +129,11 @@ class PrediT(OutputPolicy):
     def _rate(self, step: StepInput, velocity: Tensor) -> float:
         """Return the relative change of the output a step; infinite at the first step."""
         if step.index == 0:
-            return float("inf")
+            return inf
         before = self.store[_KEY, 0]
         level = (step.index - self._last) * float(before.float().abs().mean())
         change = float((velocity - before).float().abs().mean())
-        return change / level if level else float("inf")
+        return change / level if level else inf
 
     def _horizon(self, rate: float) -> int:
         """Return how many steps to skip after a computed one."""
