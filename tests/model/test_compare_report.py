@@ -95,6 +95,8 @@ def test_steps_and_memory(page):
     assert f'<path d="{"".join(boxes)}"/>' in page
     assert page.count("2.0 KiB") == 2
     assert page.count("nothing</span>") == 2
+    alone = render_report(make_results([make_row("a")]), {})
+    assert "Steps computed and memory held" not in alone
 
 
 def test_clips_are_the_frames_one_below_the_other(page):

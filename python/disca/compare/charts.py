@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["PANELS", "Mark", "Panel", "error_chart", "marks", "panel_chart"]
 
 _INK, _FAINT = "#111827", "#6b7280"
+_UNCACHED = "#374151"
 _COLOURS = (
     "#2563eb",
     "#dc2626",
@@ -135,7 +136,7 @@ def marks(groups: dict[str, list[Row]]) -> dict[str, list[Mark]]:
                 number,
                 _COLOURS[models.index(row.model) % len(_COLOURS)]
                 if single
-                else policies.get(row.policy, _INK),
+                else policies.get(row.policy, _UNCACHED),
                 "s" if row.policy == "none" else "o",
             )
             for number, row in enumerate(rows, start=1)

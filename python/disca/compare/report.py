@@ -122,6 +122,7 @@ def _group(
             }
             for row, mark in zip(rows, styles, strict=True)
         ],
+        "cached": any(row.skipped or row.cache_bytes for row in rows),
         "clips": _clips(rows, styles, clips, prompts),
         "columns": list(prompts),
     }
