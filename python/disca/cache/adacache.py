@@ -142,7 +142,7 @@ class AdaCache(SubLayerPolicy):
                 if self.motion:
                     self._check_frames(state.grid[0])
                 if at in self.store:
-                    kept = self.store[at][:, : state.n_video]
+                    kept = self.store[at][:, : state.n_video].float()
                     changes.append(float((video - kept).abs().sum() / kept.abs().sum()))
                     if moving:
                         motions.append(self._movement(video, state.grid[0]))
@@ -181,7 +181,7 @@ class AdaCache(SubLayerPolicy):
 
     def _movement(self, video: Tensor, frames: int) -> float:
         """Return q: how much of an output [B, n, C] changes from frame to frame, 0 to 1."""
-        tokens = video.reshape(len(video), frames, -1, video.shape[-1])
+        tokens = video.float().reshape(len(video), frames, -1, video.shape[-1])
         total = 0.0
         for stride in self.motion_strides:
             later, earlier = tokens[:, stride:], tokens[:, :-stride]

@@ -63,7 +63,7 @@ class FirstBlockCache(TokenPolicy):
         self._first = self.host.run(state, 0, 1)
         if "first" not in self.store:
             return True
-        kept = self.store["first"]
+        kept = self.store["first"].float()
         change = (self._first.video - state.video - kept).abs().mean() / kept.abs().mean()
         return not float(change) < self.threshold
 
