@@ -87,6 +87,19 @@ def test_standard_prompts(tmp_path):
     assert done.missing == 25 + 4 + 4
 
 
+def test_flickering_is_scored_on_still_videos(tmp_path):
+    done = export_clips(clips(1), ["a still lake"], tmp_path, full_info=full_info(tmp_path))
+    keep, score = commands(done.script)
+    assert keep == [
+        "vbench", "static_filter", "--videos_path", "videos/disca", "--result_path", "still/disca",
+    ]  # fmt: skip
+    assert score[:6] == [
+        "vbench", "evaluate", "--videos_path", "still/disca/filtered_videos",
+        "--dimension", "temporal_flickering",
+    ]  # fmt: skip
+    assert done.missing == 24 + 5 + 5
+
+
 def test_long_prompts_share_no_name(tmp_path):
     prompts = ["ä" * 200 + "x", "ä" * 200 + "y"]
     export_clips(clips(2), prompts, tmp_path)

@@ -34,6 +34,9 @@ CUSTOM_DIMENSIONS = (
 
 _VIDEOS, _PROMPTS, _INFO, _SCRIPT = "videos", "prompts.json", "full_info.json", "evaluate.sh"
 
+# The dimension that is scored on the still ones of its videos.
+_FLICKERING = "temporal_flickering"
+
 # The longest name that common file systems take, 255 bytes, less "-NN.mp4" and what a file that is
 # being written has around its name.
 _LONGEST = 230
@@ -103,7 +106,8 @@ def export_clips(
     - ``prompts.json``, file name to prompt, which ``--prompt_file`` takes;
     - ``full_info.json``, a list of ``{"prompt_en": ..., "dimension": [...]}`` as in VBench's
       ``VBench_full_info.json``, of the prompts that there are clips of;
-    - ``evaluate.sh``: one ``vbench evaluate`` for each method and dimension.
+    - ``evaluate.sh``: one ``vbench evaluate`` for each method and dimension, that of temporal
+      flickering behind VBench's filter of still videos.
 
     Without ``full_info`` the commands use VBench's mode ``custom_input`` and the dimensions that it
     offers there. A character that no file name can have becomes ``_`` in a name, and a name is cut
@@ -221,7 +225,7 @@ def _missing(prompts: Sequence[str], suite: Mapping[str, Mapping[str, Any]] | No
     """Return how many videos a full score needs beyond these."""
     have = Counter(prompts)
     need = {
-        prompt: 25 if "temporal_flickering" in entry["dimension"] else 5
+        prompt: 25 if _FLICKERING in entry["dimension"] else 5
         for prompt, entry in (suite or {}).items()
     }
     return sum(max(0, count - have[prompt]) for prompt, count in need.items())
@@ -241,8 +245,14 @@ def _script(methods: Sequence[str], dimensions: Sequence[str], full_info: Path |
         mode = ["--mode", "vbench_standard", "--full_json_dir", str(full_info.resolve())]
     for method in methods:
         for dimension in dimensions:
-            command = ["vbench", "evaluate", "--videos_path", f"{_VIDEOS}/{method}"]
-            command += ["--dimension", dimension, *mode, "--output_path", f"scores/{method}"]
+            videos = f"{_VIDEOS}/{method}"
+            if dimension == _FLICKERING:
+                still = f"still/{method}"
+                command = ["vbench", "static_filter", "--videos_path", videos]
+                lines.append(shlex.join([*command, "--result_path", still]))
+                videos = f"{still}/filtered_videos"
+            command = ["vbench", "evaluate", "--videos_path", videos, "--dimension", dimension]
+            command += [*mode, "--output_path", f"scores/{method}"]
             lines.append(shlex.join(command))
     return "\n".join(lines) + "\n"
 
