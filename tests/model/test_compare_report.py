@@ -199,12 +199,23 @@ def test_the_error_chart_draws_every_cached_row():
     assert "errors-1" not in found
 
 
+def test_rounding_is_no_error():
+    """Computing the same in another order leaves about 1e-15, far below any curve."""
+    errors = [1e-15, 0.0, *(0.001 * 2**i for i in range(8))]
+    rows = [cached_row("a", error_per_step=errors)]
+    assert "10^{-15}" not in (svg := error_chart(rows, styles_of(rows)))
+    assert "10^{-2}" in svg
+
+
 def test_the_speed_axis_has_readable_ticks():
     """Speed-ups of 1 to 1.3 lie between two powers of ten, and so do 30 to 200."""
     for speeds in ((1.0, 1.3), (30.0, 200.0), (1.0, 1.0)):
         rows = [make_row(str(i), speedup=Timing.of([s])) for i, s in enumerate(speeds)]
         assert "10^" not in panel_chart(SEMANTIC, rows, styles_of(rows))
     rows = [make_row(str(i), speedup=Timing.of([s])) for i, s in enumerate((1.0, 12.0))]
+    rows.append(cached_row("c", scores={"error_uncached_median": 0.06}))
+    rows.append(cached_row("d", scores={"error_uncached_median": 0.3}))
+    assert "10^" not in panel_chart(ERROR, rows, styles_of(rows))
     comments = re.findall(r"<!-- ([^ ]+) -->", panel_chart(SEMANTIC, rows, styles_of(rows)))
     assert {"1", "2", "5", "10"} <= set(comments)
 

@@ -184,6 +184,7 @@ def panel_chart(
         if panel.diagonal:
             low, high = axis.get_xlim()
             axis.plot([low, high], [low, high], color=_FAINT, linestyle=":", scalex=False)
+        if axis.get_yscale() == "log" and axis.get_ylim()[1] < 100 * axis.get_ylim()[0]:
             _plain_ticks(axis.yaxis, axis.get_ylim())
         axis.set_xlabel("measured speed-up")
         axis.set_ylabel(panel.axis)
@@ -201,7 +202,7 @@ def error_chart(rows: Sequence[Row], styles: Sequence[Mark]) -> str | None:
         styles: how each is drawn, from :func:`marks`.
 
     Returns:
-        The chart as SVG; None if no row has errors above zero.
+        The chart as SVG; None if no row has errors beyond rounding.
     """
     drawn = [
         (row, mark, _positive(row.error_per_step))
@@ -300,7 +301,7 @@ def _plain_ticks(axis: Any, limits: tuple[float, float]) -> None:
         ticks = [s * 10.0**e for e in exponents for s in steps if low <= s * 10.0**e <= high]
         if len(ticks) >= 3:
             break
-    ticks = ticks[:: max(1, len(ticks) // 8)]
+    ticks = ticks[:: math.ceil(len(ticks) / 6)]
     axis.set_ticks(ticks, [f"{tick:.3g}" for tick in ticks])
     axis.set_ticks([], minor=True)
 
@@ -312,6 +313,9 @@ _AROUND = [
     for angle in (45, 135, 315, 225, 0, 90, 180, 270)
 ]
 _TEXT = 7.5
+
+# Relative squared errors below this are what float32 makes of another order of additions.
+_ROUNDING = 1e-10
 
 
 def _number(axis: Axes, places: Sequence[tuple[float, float]], styles: Sequence[Mark]) -> None:
@@ -346,8 +350,8 @@ def _number(axis: Axes, places: Sequence[tuple[float, float]], styles: Sequence[
 
 
 def _positive(errors: Sequence[float]) -> list[float]:
-    """Return the errors with NaN, which is not drawn, for what a logarithm cannot show."""
-    return [error if 0 < error < math.inf else math.nan for error in errors]
+    """Return the errors with NaN, which is not drawn, for rounding and what is not finite."""
+    return [error if _ROUNDING < error < math.inf else math.nan for error in errors]
 
 
 def _end_numbers(axis: Axes, lines: Sequence[tuple[Mark, Sequence[float]]]) -> None:
