@@ -133,8 +133,9 @@ def export(
 @app.command()
 def compare(
     out: Annotated[Path, typer.Option(help="Folder of the results; run again to go on.")],
-    preset: Annotated[str | None, typer.Option(help="Name of a plan, such as digits.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of a plan.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A plan: a name such as digits, or a YAML file.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few clips, one seed.")] = False,
     policies: Annotated[
         list[str] | None,
@@ -145,32 +146,26 @@ def compare(
     checkpoints: Checkpoints = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, separated by commas.")] = None,
     clips: Annotated[int | None, typer.Option(help="Clips of each row and seed.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Timed runs of each row.")] = None,
     docs: Docs = None,
     guidance: Guidance = None,
     shift: Shift = None,
 ) -> None:
     """Compare cache policies on the same prompts and noise; print tables and write a report."""
-    if preset is not None and config is not None:
-        raise UserError("give either --preset NAME or --config FILE")
-    if preset is None and config is None and not policies:
-        raise UserError("nothing to compare: give --preset NAME, --config FILE or --policy SPEC")
+    if preset is None and not policies:
+        raise UserError(
+            "nothing to compare: give --preset NAME, --preset FILE.yaml or --policy SPEC"
+        )
     from disca.compare.command import run_plan
     from disca.compare.plan import load_plan
 
-    source = preset or config
     rows = [{"model": model, "steps": steps, "policy": spec} for spec in policies or ()]
-    if source is None:
+    if preset is None:
         rows.insert(0, {"model": model, "steps": steps})
     plan = load_plan(
-        source,
+        preset,
         quick=quick,
         rows=rows,
-        changes={
-            "seeds": None if seeds is None else _numbers(seeds),
-            "clips": clips,
-            "repeats": repeats,
-        },
+        changes={"seeds": None if seeds is None else _numbers(seeds), "clips": clips},
     )
     run_plan(
         plan,
@@ -178,7 +173,7 @@ def compare(
         checkpoints=checkpoints,
         sampling={"guidance": guidance, "shift": shift},
         docs=docs,
-        section=preset or "compare",
+        section="compare" if preset is None else Path(preset).stem,
         command=shlex.join(["disca", *sys.argv[1:]]),
     )
 

@@ -180,7 +180,7 @@ def test_compare_writes_files_and_docs(capsys, checkpoints, out):
     code, text, _ = run(
         capsys,
         *["compare", "--checkpoints", checkpoints, "--out", out / "r", "--seeds", "3,5"],
-        *["--clips", 4, "--repeats", 1, "--docs", docs, "--guidance", 2.5],
+        *["--clips", 4, "--docs", docs, "--guidance", 2.5],
         *["--model", "cfg", "--steps", 3, "--policy", "fora:interval=2"],
     )
     assert code == 0
@@ -200,7 +200,7 @@ def test_compare_takes_a_plan(capsys, checkpoints, out):
         "title: T\nclips: 8\nreference_clips: 8\nrepeats: 1\nquick: {clips: 2}\n"
         "rows: [{model: cfg, steps: 2}]\n"
     )
-    arguments = ["--checkpoints", checkpoints, "--out", out / "r", "--config", plan, "--quick"]
+    arguments = ["--checkpoints", checkpoints, "--out", out / "r", "--preset", plan, "--quick"]
     code, _, _ = run(capsys, "compare", *arguments, "--policy", "reuse:full_steps=[0]")
     assert code == 0
     results = json.loads((out / "r" / "results.json").read_text())
@@ -272,9 +272,8 @@ FORA = [*COMPARE, "--policy", "fora:interval=3"]
         ([*SAMPLE, "--out", "OUT/file/a.gif"], "cannot write"),
         ([*SAMPLE, "--checkpoints", "OUT"], "holds no trained run"),
         (COMPARE, "nothing to compare: give --preset NAME"),
-        ([*COMPARE, "--preset", "digits", "--config", "a.yaml"], "either --preset NAME"),
         ([*COMPARE, "--preset", "digit"], "did you mean 'digits'?"),
-        ([*COMPARE, "--config", "OUT/none.yaml"], "no such plan"),
+        ([*COMPARE, "--preset", "OUT/none.yaml"], "no such plan"),
         ([*FORA, "--quick"], "has no 'quick' section"),
         ([*FORA, "--seeds", "0,x"], "whole numbers separated by commas"),
         ([*FORA, "--seeds", "1,1"], "different numbers"),

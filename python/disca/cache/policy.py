@@ -94,9 +94,13 @@ class Policy(Protocol):
     calls :meth:`reset`, then :meth:`advance` for each step in order, then :meth:`report`.
     """
 
-    name: ClassVar[str]
-    idle_ok: bool
-    """Whether a run in which no step is skipped is what the caller wants."""
+    @property
+    def name(self) -> str:
+        """Name of the policy."""
+
+    @property
+    def idle_ok(self) -> bool:
+        """Whether a run in which no step is skipped is what the caller wants."""
 
     def reset(self, host: Host, schedule: Sequence[float]) -> None:
         """Forget the last run and get ready for a run of ``host`` over ``schedule``.

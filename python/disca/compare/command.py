@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from disca.compare.files import check_section, output_folder, replace_section
 from disca.compare.plan import Plan
 from disca.compare.report import write_report
@@ -44,6 +46,8 @@ def run_plan(
     """
     if docs is not None:
         check_section(docs, section)
+    if plan.threads is not None:
+        torch.set_num_threads(plan.threads)
     suite = load_suite(checkpoints, **sampling)
     output_folder(out)
     results = compare(suite, plan, out, command=command)

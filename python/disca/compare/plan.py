@@ -70,6 +70,7 @@ class Plan(_Settings):
         timing_batch: clips that are sampled at once where time and memory are measured.
         repeats: timed runs of each row.
         shown: clips of each row that are kept for the report.
+        threads: threads of PyTorch; a small model is no faster on several. None leaves them.
         calibration_clips: clips of the uncached run that calibrated policies are fitted on.
         rows: what is compared; the first is the reference of the speed-ups.
         target: the row that ``error_teacher`` is taken to, which need not be among the rows; the
@@ -84,6 +85,7 @@ class Plan(_Settings):
     timing_batch: int = Field(4, ge=1)
     repeats: int = Field(3, ge=1)
     shown: int = Field(4, ge=1)
+    threads: int | None = Field(None, ge=1)
     calibration_clips: int = Field(16, ge=1)
     rows: tuple[RowPlan, ...] = Field(min_length=1)
     target: RowPlan | None = None

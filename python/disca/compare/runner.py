@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from disca.cache import CachePolicy, build_policy, policy_class
-from disca.cache.registry import parse_spec
+from disca.cache import CachePolicy, build_policy
+from disca.compare.assembly import TIMING_SEED, Assembly
 from disca.compare.calibrating import calibration_for
 from disca.compare.clips import REAL_KEY, save_clips
-from disca.compare.costs import describe_host, describe_predictor, path_curvature
 from disca.compare.files import output_folder, write_text
 from disca.compare.plan import Plan, RowPlan
 from disca.compare.records import Record, Timings
-from disca.compare.results import RESULTS_FILE, Results, Row, SeedScores, Timing, summarise
+from disca.compare.results import RESULTS_FILE, Results
 from disca.compare.scoring import (
     Inputs,
     Judge,
@@ -37,7 +34,6 @@ from disca.compare.scoring import (
 from disca.compare.timing import interleaved, row_peak, time_row
 from disca.data.io import atomic_path
 from disca.eval.scores import relative_errors
-from disca_kernels.env import collect
 
 if TYPE_CHECKING:
     from disca.compare.suite import Suite
@@ -48,8 +44,6 @@ WORK = "work"
 """Folder inside the output in which finished parts are kept."""
 
 _WITHOUT_CACHE = ("none", "cfg")
-_STEP_REPEATS = 10
-_PATH_SEED = 0
 
 
 def compare(
@@ -85,7 +79,7 @@ def compare(
         run.describe = bar.set_description_str
         run.score()
         timings = run.time()
-    results = run.results(timings, command)
+    results = Assembly(suite, plan, run.target, run.record, timings).results(command)
     save_clips(out, run.clips())
     write_text(out / RESULTS_FILE, results.model_dump_json(indent=2) + "\n")
     return results
@@ -144,7 +138,7 @@ class _Comparison:
             row.steps,
             output_folder(self.records / "calibration"),
             clips=self.plan.calibration_clips,
-            seed=_PATH_SEED,
+            seed=TIMING_SEED,
         )
 
     def check(self) -> None:
@@ -246,7 +240,7 @@ class _Comparison:
         """Measure memory once and time all rows, as many repeats as are not yet kept."""
         path = self.records / "timing.json"
         timings = Timings.start(path, self._timing_identity())
-        inputs = seed_inputs(self.suite, self.plan.timing_batch, _PATH_SEED)
+        inputs = seed_inputs(self.suite, self.plan.timing_batch, TIMING_SEED)
         policies = {key: self.policy(row) for key, row in self.rows.items()}
         amounts = {key: _weight(row) * self.plan.timing_batch for key, row in self.rows.items()}
 
@@ -262,7 +256,7 @@ class _Comparison:
             timings.save(path)
         self.describe("timing")
         runs = {
-            key: partial(time_row, self.suite, row, policies[key], inputs, _PATH_SEED)
+            key: partial(time_row, self.suite, row, policies[key], inputs, TIMING_SEED)
             for key, row in self.rows.items()
         }
         while len(timings.repeats) < self.plan.repeats:
@@ -275,107 +269,11 @@ class _Comparison:
         parts = [self.identity, self.plan.timing_batch, torch.get_num_threads(), *self.rows]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    # ------------------------------------------------------------------------------- results
-
-    def results(self, timings: Timings, command: str) -> Results:
-        """Put everything together."""
-        environment = collect()
-        batch = seed_inputs(self.suite, self.plan.clips, self.plan.seeds[0]).real
-        plan = self.plan.model_dump(mode="json", exclude={"title", "rows", "target"})
-        prompts = self.suite.prompts_of(batch)[: self.plan.shown]
-        target = self.target.name
-        real = [self._record(REAL_KEY, seed).scores for seed in self.plan.seeds]
-        return Results(
-            title=self.plan.title,
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            command=command,
-            versions=environment["versions"],
-            machine=environment["machine"],
-            settings={
-                **plan,
-                **self.suite.sampling.model_dump(),
-                "target": target,
-                "prompts": prompts,
-            },
-            models=self._models(),
-            rows=[self._row(row, timings) for row in self.plan.rows],
-            real=summarise(real),
-        )
-
-    def _record(self, key: str, seed: int) -> Record:
+    def record(self, key: str, seed: int) -> Record:
+        """Return what was kept of a row and seed."""
         record = Record.load(self._path(key, seed), self.identity)
         assert record is not None
         return record
-
-    def _row(self, row: RowPlan, timings: Timings) -> Row:
-        records = [self._record(row.key, seed) for seed in self.plan.seeds]
-        first = records[0]
-        base = self.plan.rows[0].key
-        flops = sum(record.flops for record in records) / len(records)
-        reference = sum(self._record(base, seed).flops for seed in self.plan.seeds) / len(records)
-        scores: list[SeedScores] = [record.scores for record in records]
-        loop, total = (
-            [repeat[row.key][part] for repeat in timings.repeats[: self.plan.repeats]]
-            for part in (0, 1)
-        )
-        base_loop, base_total = (
-            [repeat[base][part] for repeat in timings.repeats[: self.plan.repeats]]
-            for part in (0, 1)
-        )
-        return Row(
-            key=row.key,
-            label=row.name,
-            group=row.group,
-            policy=parse_spec(row.policy)[0],
-            spec=row.policy,
-            model=row.model,
-            steps=row.steps,
-            hooked=first.hooked,
-            computed=first.computed,
-            skipped=first.skipped,
-            cache_bytes=first.cache_bytes,
-            peak_bytes=timings.peaks[row.key],
-            flops=flops,
-            full_passes=flops / self._hosts[row.model]["flops"],
-            theoretical_speedup=reference / flops,
-            seconds=Timing.of(loop),
-            speedup=Timing.of(a / b for a, b in zip(base_loop, loop, strict=True)),
-            seconds_total=Timing.of(total),
-            speedup_total=Timing.of(a / b for a, b in zip(base_total, total, strict=True)),
-            error_per_step=first.error_per_step,
-            per_seed=scores,
-            summary=summarise(scores),
-        )
-
-    @cached_property
-    def _hosts(self) -> dict[str, dict[str, Any]]:
-        names = dict.fromkeys(row.model for row in self.plan.rows)
-        return {name: describe_host(self.suite, name) for name in names}
-
-    def _models(self) -> dict[str, Any]:
-        """Describe the networks that the rows use, and the paths of the target."""
-        inputs = seed_inputs(self.suite, self.plan.timing_batch, _PATH_SEED)
-        noise, cond = inputs.noise, inputs.real.condition
-        predictors = {}
-        for name, host in self._predictors():
-            predictors[name] = describe_predictor(
-                self.suite, host, name, noise, cond, _STEP_REPEATS
-            )
-        described = {"hosts": self._hosts, "predictors": predictors}
-        if self.target.steps > 1 and policy_class(parse_spec(self.target.policy)[0]).name == "none":
-            target = self.target
-            described["paths"] = path_curvature(self.suite, target.model, target.steps, noise, cond)
-        return described
-
-    def _predictors(self) -> Iterator[tuple[str, str]]:
-        seen = set()
-        for row in self.plan.rows:
-            name, settings = parse_spec(row.policy)
-            if name == "disca":
-                predictor = settings.get("predictor", self.suite.sampling.predictor)
-                if predictor not in seen:
-                    seen.add(predictor)
-                    yield predictor, row.model
 
     def clips(self) -> dict[str, Tensor]:
         """Return the kept clips of every row, real ones last."""

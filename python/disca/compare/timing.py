@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from disca.cache import Store
 from disca.compare.scoring import Inputs
 from disca.models import PredictorStep
 from disca.sample import cached_sample
 from disca_kernels import mean_velocity_step
-from disca_kernels.testing.memory import allocated_peak
+from disca_kernels.testing.memory import AllocatedPeak, allocated_peak
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from disca.cache import Policy
+    from disca.cache import CachePolicy, CacheReport, Policy, StepInput, StepOutput
     from disca.compare.plan import RowPlan
     from disca.compare.suite import Suite
     from disca.models.condition import Condition
@@ -93,16 +94,58 @@ def time_row(suite: Suite, row: RowPlan, policy: Policy, inputs: Inputs, seed: i
     return Seconds(result.seconds, time.perf_counter() - started)
 
 
-def row_peak(suite: Suite, row: RowPlan, policy: Policy, inputs: Inputs) -> int:
-    """Return the bytes that a row's loop takes at most beyond weights and inputs, of one clip."""
+def row_peak(suite: Suite, row: RowPlan, policy: CachePolicy, inputs: Inputs) -> int:
+    """Return the bytes that a row's loop takes at most beyond weights and inputs, of one clip.
+
+    On a CPU, where watching takes longer than running, only some late steps are watched: from a
+    computed one that skipped ones follow, over the next such, to the computed one after it. By then
+    the cache is full, and all of it is made anew but for what the policy carries through, which is
+    added.
+    """
     cond = suite.condition(row.model, inputs.real.condition)
-    schedule = suite.schedule(row.steps)
-    host = suite.host(row.model)
+    host, schedule = suite.host(row.model), suite.schedule(row.steps)
 
-    def run() -> None:
-        cached_sample(host, policy, inputs.noise, schedule, cond)
+    def run(policy: Policy) -> CacheReport:
+        return cached_sample(host, policy, inputs.noise, schedule, cond).report
 
-    return allocated_peak(run, inputs.noise.device) // len(inputs.noise)
+    if inputs.noise.is_cuda:
+        return allocated_peak(lambda: run(policy), inputs.noise.device) // len(inputs.noise)
+    report = run(policy)
+    followed = [step for step in report.computed if step + 1 in report.skipped]
+    first, late = (followed[-2:][0], followed[-1]) if followed else (max(row.steps - 2, 0),) * 2
+    last = next((step for step in report.computed if step > late), row.steps - 1)
+    watched = _Watched(policy, first, last)
+    run(watched)
+    return watched.peak // len(inputs.noise)
+
+
+class _Watched:
+    """A policy whose memory is measured from one step to another."""
+
+    idle_ok = True
+
+    def __init__(self, policy: CachePolicy, first: int, last: int) -> None:
+        self.policy, self.first, self.last, self.peak = policy, first, last, 0
+        self.reset, self.report = policy.reset, policy.report
+
+    @property
+    def name(self) -> str:
+        """The policy's name."""
+        return self.policy.name
+
+    def advance(self, step: StepInput) -> StepOutput:
+        """Take one step."""
+        store = self.policy.store
+        if step.index == self.first:
+            self._before = dict(store)
+            self._watch = AllocatedPeak(step.x.device)
+            self._watch.start()
+        taken = self.policy.advance(step)
+        if step.index == self.last:
+            carried = Store()
+            carried.update({k: x for k, x in store.items() if self._before.get(k) is x})
+            self.peak = self._watch.stop() + carried.nbytes()
+        return taken
 
 
 @torch.no_grad()
