@@ -202,6 +202,15 @@ def test_gan_term_moves_the_predictor(source: MovingDigits) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def test_without_mse_only_the_gan_term_counts(source: MovingDigits) -> None:
+    task = make_task(source, mse_weight=0.0, mse_steps=0, gan_weight=0.5)
+    output = task.compute("predictor", 0, 0, generator())
+    backward(output)
+    assert output.logs["mse"] > 0
+    assert float(output.loss.detach()) == pytest.approx(0.5 * output.logs["gan"], rel=1e-6)
+    assert gradient(task.predictor) > 0
+
+
 def test_discriminator_judges_the_latents_of_the_same_step(source: MovingDigits) -> None:
     task = make_task(source)
     first = task.compute("predictor", 2, 0, generator())

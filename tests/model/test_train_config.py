@@ -36,11 +36,29 @@ def test_digits_preset_has_every_stage_in_order() -> None:
         "rmeanflow",
         "predictor",
         "predictor_residual",
+        "rmeanflow_r01",
+        "rmeanflow_r04",
+        "predictor_meanflow",
+        "predictor_no_gan",
+        "predictor_no_mse",
     ]
     plain, restricted = config.stages["meanflow"], config.stages["rmeanflow"]
     assert isinstance(plain, MeanFlowStage)
     assert isinstance(restricted, MeanFlowStage)
     assert (plain.restriction, restricted.restriction) == (1.0, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"mse_steps": 5}, "leaves the GAN term alone"),
+        ({"mse_steps": 0, "gan_weight": 0.0}, "leaves the GAN term alone"),
+        ({"mse_weight": -1.0}, "mse_weight"),
+    ],
+)
+def test_a_predictor_needs_something_to_learn_from(changes: dict[str, float], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        PredictorStage(**{"mse_weight": 0.0, **changes})
 
 
 def test_defaults_follow_the_paper() -> None:

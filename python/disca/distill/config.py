@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from disca.errors import UserError
 from disca.cache.steps import resolve_full_steps
+from disca.errors import UserError
 
 __all__ = [
     "CfgStage",

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from disca.cache.steps import resolve_full_steps
 from disca.data.source import ClipSource
 from disca.distill.batch import broadcast, draw_batch, interpolate, sample_error
 from disca.distill.config import PredictorStage
@@ -21,7 +22,6 @@ from disca.models.discriminator import Discriminator
 from disca.models.dit import DiT
 from disca.models.predictor import Predictor
 from disca.sample.schedule import flow_shift_schedule
-from disca.cache.steps import resolve_full_steps
 
 __all__ = [
     "PredictorTask",
