@@ -23,6 +23,7 @@ def allocated_peak(run: Callable[[], object], device: torch.device) -> int:
     On a CPU it counts neither what compiled code allocates for itself nor what the C library keeps
     between allocations.
     """
+    gc.collect()
     watch = AllocatedPeak(device)
     watch.start()
     try:
@@ -46,14 +47,16 @@ class AllocatedPeak:
 
     def start(self) -> None:
         """Begin to watch."""
-        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
             return
+        freed = torch.empty(1)
         with _quiet():
             self._profiler.start()
+            # The library warns once of a tensor that it has not seen come.
+            del freed
 
     def stop(self) -> int:
         """Return the bytes by which the allocator rose at most."""

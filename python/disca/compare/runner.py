@@ -174,19 +174,19 @@ class _Comparison:
     def _kept(self, key: str, seed: int) -> bool:
         if Record.load(self._path(key, seed), self.identity) is None:
             return False
-        return seed != self.plan.seeds[0] or self._clips_path(key).is_file()
+        return seed != self.plan.seeds[0] or self._clips_path(key, seed).is_file()
 
     def _path(self, key: str, seed: int) -> Path:
         return self.records / f"{key}.seed{seed}.json"
 
     def _keep(self, key: str, seed: int, record: Record, clips: Tensor) -> None:
         if seed == self.plan.seeds[0]:
-            with atomic_path(self._clips_path(key)) as temporary:
+            with atomic_path(self._clips_path(key, seed)) as temporary:
                 save_file({"clips": clips[: self.plan.shown].contiguous()}, temporary)
         write_text(self._path(key, seed), record.model_dump_json())
 
-    def _clips_path(self, key: str) -> Path:
-        return self.records / f"{key}.safetensors"
+    def _clips_path(self, key: str, seed: int) -> Path:
+        return self.records / f"{key}.seed{seed}.safetensors"
 
     def _score_row(
         self, row: RowPlan, seed: int, inputs: Inputs, references: _References, judge: Judge
@@ -278,7 +278,8 @@ class _Comparison:
     def clips(self) -> dict[str, Tensor]:
         """Return the kept clips of every row, real ones last."""
         keys = [*self.rows, REAL_KEY]
-        return {key: load_file(self._clips_path(key))["clips"] for key in keys}
+        first = self.plan.seeds[0]
+        return {key: load_file(self._clips_path(key, first))["clips"] for key in keys}
 
 
 class _References:

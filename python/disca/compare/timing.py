@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -115,8 +116,13 @@ def row_peak(suite: Suite, row: RowPlan, policy: CachePolicy, inputs: Inputs) ->
     first, late = (followed[-2:][0], followed[-1]) if followed else (max(row.steps - 2, 0),) * 2
     last = next((step for step in report.computed if step > late), row.steps - 1)
     watched = _Watched(policy, first, last)
-    run(watched)
+    with suppress(_Seen):
+        run(watched)
     return watched.peak // len(inputs.noise)
+
+
+class _Seen(Exception):
+    """The steps to watch are over."""
 
 
 class _Watched:
@@ -145,6 +151,7 @@ class _Watched:
             carried = Store()
             carried.update({k: x for k, x in store.items() if self._before.get(k) is x})
             self.peak = self._watch.stop() + carried.nbytes()
+            raise _Seen
         return taken
 
 
