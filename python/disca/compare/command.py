@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from disca.compare.files import check_section, output_folder, replace_section
+from disca.compare.files import check_section, replace_section
 from disca.compare.plan import Plan
 from disca.compare.report import write_report
 from disca.compare.runner import compare
@@ -49,7 +49,6 @@ def run_plan(
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
     suite = load_suite(checkpoints, **sampling)
-    output_folder(out)
     results = compare(suite, plan, out, command=command)
     for table in group_tables(results):
         print(text_table(table), end="\n\n")

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from disca.cache import CachePolicy, build_policy
+from disca.cache import CachePolicy, build_policy, policy_class
+from disca.cache.registry import parse_spec
 from disca.compare.assembly import TIMING_SEED, Assembly
 from disca.compare.calibrating import calibration_for
 from disca.compare.clips import REAL_KEY, save_clips
@@ -71,9 +72,9 @@ def compare(
         UserError: a model, predictor or classifier is missing, a policy does not fit its host or
             steps or changes nothing, or the folder holds parts of another comparison.
     """
-    output_folder(out)
     run = _Comparison(suite, plan, out)
     run.check()
+    output_folder(out)
     with tqdm(total=run.work(), disable=not progress, bar_format=_BAR, mininterval=0.5) as bar:
         run.advance = bar.update
         run.describe = bar.set_description_str
@@ -142,8 +143,14 @@ class _Comparison:
         )
 
     def check(self) -> None:
-        """Refuse a row that cannot run before anything is run."""
-        for row in (*self.rows.values(), self.target):
+        """Refuse a row that cannot run before anything is run or written.
+
+        Policies that have to be fitted come last, since that writes.
+        """
+        rows = [*self.rows.values(), self.target]
+        for row in rows:
+            self.suite.host(row.model)
+        for row in sorted(rows, key=lambda row: policy_class(parse_spec(row.policy)[0]).calibrated):
             host = self.suite.host(row.model)
             self.policy(row).reset(host, self.suite.schedule(row.steps).tolist())
 
