@@ -37,6 +37,38 @@ def test_by_hand():
     assert count_flops(lambda: conv(torch.randn(1, 2, 3, 4, 4))) == 2 * 6 * 3 * 3 * 3 * (2 * 4)
 
 
+def test_linear_by_keyword():
+    x, weight = torch.randn(3, 5, 7), torch.randn(11, 7)
+    assert count_flops(lambda: F.linear(input=x, weight=weight)) == 2 * 3 * 5 * 7 * 11
+
+
+def test_blocks_by_hand():
+    """Two parallel blocks over 2 * 2 * 2 patches and 4 text tokens, term by term."""
+    batch, tokens, width, heads, inner = 3, 12, 48, 2, 192
+    config = DiTConfig(
+        in_channels=1,
+        out_channels=1,
+        patch=(2, 4, 4),
+        hidden=width,
+        heads=heads,
+        rope_dims=(8, 8, 8),
+        double_blocks=0,
+        single_blocks=2,
+        mlp_ratio=inner / width,
+        text_dim=7,
+        text_refiner_depth=0,
+        time_features=16,
+    )
+    host = DiT(config)
+    cond = Condition(torch.randn(batch, 4, 7), torch.tensor([1, 4, 2]))
+    state = host.embed(torch.randn(batch, 1, 4, 8, 8), torch.rand(batch), None, cond)
+    modulation = 2 * batch * width * 3 * width
+    into = 2 * batch * tokens * width * (3 * width + inner)  # q, k, v and the MLP's first layer
+    attention = 4 * batch * heads * tokens**2 * (width // heads)  # all keys, padding too
+    out = 2 * batch * tokens * (width + inner) * width
+    assert count_flops(lambda: host.run(state)) == 2 * (modulation + into + attention + out)
+
+
 @pytest.mark.parametrize("attention", [F.scaled_dot_product_attention, disca_kernels.attention])
 def test_attention_by_hand(attention):
     q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 9, 9))

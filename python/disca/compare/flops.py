@@ -62,7 +62,8 @@ class FlopCounter(TorchFunctionMode):
         return out
 
 
-def _linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
+def _linear(out: Tensor, *args: Tensor, **named: Tensor) -> int:
+    weight = named["weight"] if "weight" in named else args[1]
     return 2 * out.numel() * weight.shape[-1]
 
 
