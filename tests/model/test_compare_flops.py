@@ -57,6 +57,7 @@ def test_blocks_by_hand():
         mlp_ratio=inner / width,
         text_dim=7,
         text_refiner_depth=0,
+        pooled_dim=None,
         time_features=16,
     )
     host = DiT(config)
