@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from disca.cli import main
+from disca.compare.plan import row_plan
 from disca.data.source import build_source
 from disca.distill.bundle import base_config, build_stage, write_config
 from disca.distill.checkpoint import load_tensors, write_tensors
@@ -188,7 +189,10 @@ def test_compare_writes_files_and_docs(capsys, checkpoints, out):
     results = json.loads((out / "r" / "results.json").read_text())
     assert results["settings"]["seeds"] == [3, 5]
     assert results["settings"]["guidance"] == 2.5
-    assert [row["key"] for row in results["rows"]] == ["cfg-3-none", "cfg-3-fora-interval-2"]
+    assert [row["key"] for row in results["rows"]] == [
+        "cfg-3-none",
+        row_plan(model="cfg", steps=3, policy="fora:interval=2").key,
+    ]
     assert (out / "r" / "report.html").is_file()
     assert "| fora (interval 2) |" in docs.read_text()
     assert docs.read_text().endswith("<!-- end compare -->\nafter\n")
@@ -207,7 +211,7 @@ def test_compare_takes_a_plan(capsys, checkpoints, out):
     assert results["settings"]["clips"] == 2
     assert [row["key"] for row in results["rows"]] == [
         "cfg-2-none",
-        "rmeanflow-20-reuse-full_steps-0",
+        row_plan(model="rmeanflow", steps=20, policy="reuse:full_steps=[0]").key,
     ]
 
 
@@ -261,10 +265,13 @@ FORA = [*COMPARE, "--policy", "fora:interval=3"]
         ([*SAMPLE, "--policy", "disca:full_steps=all"], "would skip nothing"),
         ([*SAMPLE, "--policy", "disca"], "needs the setting 'full_steps'"),
         ([*SAMPLE, "--policy", "magic"], "unknown policy 'magic'"),
-        ([*SAMPLE, "--policy", "cfg"], "this model needs cond.guidance"),
+        ([*SAMPLE, "--policy", "cfg"], "CFG is already distilled into it"),
         ([*SAMPLE, "--steps", "0"], "steps: Input should be greater than or equal to 1, got 0"),
         ([*SAMPLE, "--steps", "few"], "'--steps'"),
         ([*SAMPLE, "--seed", "-1"], "--seed must be 0 or more"),
+        ([*SAMPLE, "--seed", "99999999999999999999"], "--seed must be 0 or more"),
+        ([*SAMPLE, "--policy", "fora:3=4"], "cannot read the policy 'fora:3=4'"),
+        ([*SAMPLE, "--policy", "fora:interval=2,interval=3"], "the setting 'interval' twice"),
         ([*SAMPLE, "--model", "magic"], "no finished stage 'magic'"),
         ([*SAMPLE, "--shift", "0"], "sampling setting 'shift'"),
         ([*SAMPLE, "--guidance", "nan"], "sampling setting 'guidance'"),

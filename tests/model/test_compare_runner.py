@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from torch import nn
 
+from disca.cache import build_policy
 from disca.compare import runner
 from disca.compare.clips import load_clips
 from disca.compare.costs import pass_flops, predicted_flops
 from disca.compare.flops import count_flops
-from disca.compare.plan import Plan, RowPlan, load_plan, plan_names, row_plan
+from disca.compare.plan import Plan, row_plan
 from disca.compare.results import load_results
 from disca.compare.runner import compare
+from disca.compare.scoring import sample_row, seed_inputs
 from disca.compare.suite import Sampling, Suite
 from disca.data import MovingDigits
 from disca.errors import UserError
@@ -238,13 +238,16 @@ def test_goes_on_where_it_was_stopped(suite, tmp_path, monkeypatch):
 
 
 def test_parts_of_another_comparison_are_refused(done, suite):
-    with pytest.raises(UserError, match="other settings, weights or threads; take another --out"):
+    with pytest.raises(UserError, match="other settings, data or weights; take another --out"):
         compare(suite, make_plan(clips=6), done[0], progress=False)
     other = make_suite()
     with torch.no_grad():
         next(other.hosts["cfg"].parameters()).add_(1)
-    with pytest.raises(UserError, match="other settings, weights or threads"):
+    with pytest.raises(UserError, match="other settings, data or weights"):
         compare(other, make_plan(), done[0], progress=False)
+    judged = Suite(**{**vars(suite), "classifier": ClipClassifier(1, (10, 4, 2)).eval()})
+    with pytest.raises(UserError, match="other settings, data or weights"):
+        compare(judged, make_plan(), done[0], progress=False)
 
 
 def test_a_damaged_part_is_named(suite, tmp_path):
@@ -256,6 +259,51 @@ def test_a_damaged_part_is_named(suite, tmp_path):
         compare(suite, plan, tmp_path, progress=False)
     part.unlink()
     compare(suite, plan, tmp_path, progress=False)
+
+
+def test_clips_follow_the_first_seed_and_the_number_shown(suite, tmp_path):
+    def clips(**changes):
+        compare(suite, make_plan(rows=ROWS[1:2], **changes), tmp_path, progress=False)
+        return load_clips(tmp_path)[CFG]
+
+    first = clips(seeds=(0,))
+    assert len(first) == 2
+    second = clips(seeds=(1, 0))
+    assert not torch.equal(first, second)
+    assert torch.equal(clips(seeds=(0, 1)), first)
+    more = clips(seeds=(0,), shown=4)
+    assert len(more) == 4
+    assert torch.equal(more[:2], first)
+    part = tmp_path / "work" / f"{CFG}.seed0.safetensors"
+    part.write_bytes(part.read_bytes()[:-5])
+    with pytest.raises(UserError, match=rf"{part.name} is damaged; delete it"):
+        clips(seeds=(0,), shown=4)
+
+
+def test_a_row_that_diverges_is_named(suite, tmp_path):
+    class Explodes(type(suite.hosts["cfg"])):
+        def head(self, state):
+            return super().head(state) / 0
+
+    host = suite.hosts["cfg"]
+    broken = Explodes(host.config)
+    broken.load_state_dict(host.state_dict())
+    hosts = {**suite.hosts, "cfg": broken.eval()}
+    exploding = Suite(**{**vars(suite), "hosts": hosts})
+    with pytest.raises(UserError, match=r"'cfg, 2 steps' \(none on cfg, 2 steps\) diverged"):
+        compare(exploding, make_plan(rows=ROWS[1:2]), tmp_path, progress=False)
+
+
+def test_held_bytes_do_not_depend_on_the_batch(suite):
+    row = row_plan(model="rmeanflow", steps=4, policy="easycache:threshold=50,first=1")
+    inputs = seed_inputs(suite, 6, 0)
+    held = set()
+    for batch in (6, 2):
+        policy = build_policy(row.policy, suite.resources(lambda name: None))
+        cond = inputs.real.condition
+        sampled = sample_row(suite, row, policy, inputs.noise, cond, batch=batch, trajectory=False)
+        held.add(sampled.cache_bytes)
+    assert held == {3 * 4 * 16 * 16 * 4}  # three latents of one clip
 
 
 def test_the_target_need_not_be_a_row(suite, tmp_path):
@@ -318,74 +366,3 @@ def test_labelled_clips_need_a_classifier(suite, tmp_path):
     blind = Suite(**{**vars(suite), "classifier": None})
     with pytest.raises(UserError, match="no finished classifier stage"):
         compare(blind, make_plan(), tmp_path, progress=False)
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"seeds": []}, "seeds must be different"),
-        ({"seeds": [1, 1]}, "seeds must be different"),
-        ({"seeds": [-1]}, "from 0 up"),
-        ({"clips": 1}, "clips: .*greater than or equal to 2"),
-        ({"repeats": 0}, "repeats"),
-        ({"rows": []}, "rows"),
-        ({"rows": [{"model": "cfg"}]}, "rows.0.steps"),
-        ({"rows": [{"model": "cfg", "steps": 2}] * 2}, "two rows of the group"),
-        ({"surprise": 1}, "surprise"),
-        ({"groups": [{"rows": []}]}, "needs 'group'"),
-    ],
-)
-def test_plan_rejects(tmp_path, change, match):
-    path = tmp_path / "plan.yaml"
-    plan = {"title": "T", "rows": [{"model": "cfg", "steps": 2}], **change}
-    path.write_text(json.dumps(plan))
-    with pytest.raises(UserError, match=match):
-        load_plan(path)
-
-
-def test_plan_sources(tmp_path):
-    with pytest.raises(UserError, match="did you mean 'digits'"):
-        load_plan("digit")
-    with pytest.raises(UserError, match="no such plan"):
-        load_plan(tmp_path / "none.yaml")
-    (tmp_path / "a.yaml").write_text("title: [")
-    with pytest.raises(UserError, match="not valid YAML"):
-        load_plan(tmp_path / "a.yaml")
-    (tmp_path / "a.yaml").write_text("[1]")
-    with pytest.raises(UserError, match="expected a mapping"):
-        load_plan(tmp_path / "a.yaml")
-    (tmp_path / "a.yaml").write_text("title: T\nrows: [{model: cfg, steps: 2}]")
-    with pytest.raises(UserError, match="no 'quick' section"):
-        load_plan(tmp_path / "a.yaml", quick=True)
-
-
-def test_groups_give_their_rows_what_they_leave_out(tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_text(
-        "title: T\nclips: 9\nquick: {clips: 3, seeds: [1]}\n"
-        "groups:\n- {group: g, model: cfg, steps: 9, rows: ['fora:interval=2', {steps: 4}]}\n"
-    )
-    plan = load_plan(path, quick=True, rows=[{"model": "x", "steps": 1}], changes={"repeats": 7})
-    assert (plan.clips, plan.seeds, plan.repeats) == (3, (1,), 7)
-    assert plan.rows == (
-        RowPlan(group="g", model="cfg", steps=9, policy="fora:interval=2"),
-        RowPlan(group="g", model="cfg", steps=4),
-        RowPlan(model="x", steps=1),
-    )
-
-
-@pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize("name", plan_names())
-def test_shipped_plans_are_valid(name, quick):
-    if quick and name == "demo":
-        pytest.skip("the demo is quick as it is")
-    assert load_plan(name, quick=quick).rows
-
-
-def test_labels_and_keys():
-    row = row_plan(model="cfg", steps=50, policy="taylorseer:interval=6,order=1")
-    assert row.name == "taylorseer (interval 6, order 1)"
-    assert row.key == "cfg-50-taylorseer-interval-6-order-1"
-    assert row_plan(model="cfg", steps=50).name == "cfg, 50 steps"
-    with pytest.raises(UserError, match=r"steps: .* got 0"):
-        row_plan(model="cfg", steps=0)

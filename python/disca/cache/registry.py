@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, get_type_hints
@@ -59,7 +60,11 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         settings = yaml.safe_load("{" + text.replace("=", ": ") + "}")
     except yaml.YAMLError:
         settings = {"": None}
-    if any(not key or value is None for key, value in settings.items()):
+    names = re.findall(r"(?:^|,)\s*([^,=]+?)\s*=", re.sub(r"\[.*?\]|\{.*?\}", "", text))
+    twice = sorted({key for key in names if names.count(key) > 1})
+    if twice:
+        raise UserError(f"the policy {spec!r} gives the setting {twice[0]!r} twice")
+    if any(not (isinstance(key, str) and key) or value is None for key, value in settings.items()):
         raise UserError(
             f"cannot read the policy {spec!r}; write name:setting=value,setting=value, for example "
             "taylorseer:interval=6,order=1"

@@ -14,7 +14,7 @@ from torch import Tensor
 from disca.data.io import atomic_path
 from disca.errors import UserError
 
-__all__ = ["CLIPS_FILE", "REAL_KEY", "load_clips", "save_clips"]
+__all__ = ["CLIPS_FILE", "REAL_KEY", "load_clips", "read_clips", "save_clips", "write_clips"]
 
 CLIPS_FILE = "clips.safetensors"
 REAL_KEY = "real"
@@ -31,6 +31,28 @@ def save_clips(folder: Path, clips: Mapping[str, Tensor]) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_bytes(save(packed))
     return path
+
+
+def write_clips(path: Path, clips: Tensor) -> None:
+    """Write the clips of one row as they are, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(save({"clips": clips.contiguous()}))
+
+
+def read_clips(path: Path) -> Tensor | None:
+    """Return what :func:`write_clips` wrote, or None if there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            clips: Tensor = file.get_tensor("clips")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged; delete it to make it anew") from error
+    return clips
 
 
 def load_clips(folder: Path) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -17,6 +18,13 @@ from disca.data.source import closest
 from disca.errors import UserError
 
 __all__ = ["Plan", "RowPlan", "load_plan", "plan_names", "row_plan"]
+
+
+# Characters of a row's name and of the digest behind it.
+_LONGEST_NAME, _DIGEST = 80, 8
+
+# torch's generators take 64 bits, and a seed stands for several streams.
+_HIGHEST_SEED = 2**32
 
 
 class _Settings(BaseModel):
@@ -42,9 +50,16 @@ class RowPlan(_Settings):
 
     @property
     def key(self) -> str:
-        """A name that is different for every model, number of steps and policy."""
+        """A name that is different for every model, number of steps and policy.
+
+        It names files, so that what a file name cannot hold is left out and stands in a digest.
+        """
         text = f"{self.model}-{self.steps}-{self.policy}"
-        return re.sub(r"[^\w.]+", "-", text).strip("-")
+        name = re.sub(r"[^\w.]+", "-", text).strip("-")
+        if name == text:
+            return name
+        digest = hashlib.sha256(text.encode()).hexdigest()[:_DIGEST]
+        return f"{name[:_LONGEST_NAME]}-{digest}"
 
     @property
     def name(self) -> str:
@@ -94,6 +109,8 @@ class Plan(_Settings):
     def _seeds_and_rows_differ(self) -> Plan:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds must be different numbers from 0 up, got {list(self.seeds)}")
+        if max(self.seeds) >= _HIGHEST_SEED:
+            raise ValueError(f"seeds must be below {_HIGHEST_SEED}, got {max(self.seeds)}")
         keys: dict[tuple[str, str], str] = {}
         for row in self.rows:
             if (row.group, row.key) in keys:
@@ -158,6 +175,9 @@ def load_plan(
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
+        given = first["input"]
+        if where and not isinstance(given, dict):
+            message += f", got {given!r}"
         raise UserError(f"{name}: {where + ': ' if where else ''}{message}") from error
 
 
@@ -167,7 +187,10 @@ def _read(source: str | Path) -> tuple[str, dict[str, Any]]:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"{path}: no such plan")
-        name, text = str(path), path.read_text(encoding="utf-8")
+        try:
+            name, text = str(path), path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not a text file in UTF-8: {error}") from error
     else:
         if str(source) not in plan_names():
             raise UserError(
@@ -188,12 +211,24 @@ def _read(source: str | Path) -> tuple[str, dict[str, Any]]:
 
 def _rows(name: str, values: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of all groups; a group gives its rows what they do not say themselves."""
-    rows = list(values.get("rows", ()))
-    for group in values.get("groups", ()):
+    rows = _list(name, values, "rows")
+    for group in _list(name, values, "groups"):
         if not isinstance(group, Mapping) or not {"group", "rows"} <= set(group):
             raise UserError(f"{name}: each of the groups needs 'group' (its name) and 'rows'")
         common = {key: value for key, value in group.items() if key != "rows"}
-        for row in group["rows"]:
+        for row in _list(name, group, "rows"):
+            if not isinstance(row, (str, Mapping)):
+                raise UserError(
+                    f"{name}: a row is a policy or a mapping with model, steps and policy, got "
+                    f"{row!r}"
+                )
             own = {"policy": row} if isinstance(row, str) else dict(row)
             rows.append({**common, **own})
     return rows
+
+
+def _list(name: str, values: Mapping[str, Any], key: str) -> list[Any]:
+    found = values.get(key, [])
+    if not isinstance(found, list):
+        raise UserError(f"{name}: {key!r} must be a list, got {found!r}")
+    return list(found)

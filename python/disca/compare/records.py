@@ -37,7 +37,7 @@ class _Kept(BaseModel):
             raise UserError(f"{path} is damaged; delete it to make it anew") from error
         if kept.identity != identity:
             raise UserError(
-                f"{path} was made with other settings, weights or threads; take another --out, "
+                f"{path} was made with other settings, data or weights; take another --out, "
                 f"or delete {path.parent} to begin anew"
             )
         return kept

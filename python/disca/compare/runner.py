@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,7 +18,7 @@ from disca.cache import CachePolicy, build_policy, policy_class
 from disca.cache.registry import parse_spec
 from disca.compare.assembly import TIMING_SEED, Assembly
 from disca.compare.calibrating import calibration_for
-from disca.compare.clips import REAL_KEY, save_clips
+from disca.compare.clips import REAL_KEY, read_clips, save_clips, write_clips
 from disca.compare.files import output_folder, write_text
 from disca.compare.plan import Plan, RowPlan
 from disca.compare.records import Record, Timings
@@ -33,7 +32,7 @@ from disca.compare.scoring import (
     seed_inputs,
 )
 from disca.compare.timing import interleaved, row_peak, time_row
-from disca.data.io import atomic_path
+from disca.errors import UserError
 from disca.eval.scores import relative_errors
 
 if TYPE_CHECKING:
@@ -114,8 +113,11 @@ class _Comparison:
         plan = self.plan.model_dump(
             include={"clips", "batch", "reference_clips", "calibration_clips", "target"}
         )
-        digest = hashlib.sha256(json.dumps([plan, self.suite.sampling.model_dump()]).encode())
-        for networks in (self.suite.hosts, self.suite.predictors):
+        data = getattr(self.suite.source, "config", None)
+        decides = [plan, self.suite.sampling.model_dump(), data]
+        digest = hashlib.sha256(json.dumps(decides, default=str).encode())
+        judge = {} if self.suite.classifier is None else {"classifier": self.suite.classifier}
+        for networks in (self.suite.hosts, self.suite.predictors, judge):
             for name, network in sorted(networks.items()):
                 digest.update(name.encode())
                 for tensor in network.state_dict().values():
@@ -181,15 +183,17 @@ class _Comparison:
     def _kept(self, key: str, seed: int) -> bool:
         if Record.load(self._path(key, seed), self.identity) is None:
             return False
-        return seed != self.plan.seeds[0] or self._clips_path(key, seed).is_file()
+        if seed != self.plan.seeds[0]:
+            return True
+        clips = read_clips(self._clips_path(key, seed))
+        return clips is not None and len(clips) == min(self.plan.shown, self.plan.clips)
 
     def _path(self, key: str, seed: int) -> Path:
         return self.records / f"{key}.seed{seed}.json"
 
     def _keep(self, key: str, seed: int, record: Record, clips: Tensor) -> None:
         if seed == self.plan.seeds[0]:
-            with atomic_path(self._clips_path(key, seed)) as temporary:
-                save_file({"clips": clips[: self.plan.shown].contiguous()}, temporary)
+            write_clips(self._clips_path(key, seed), clips[: self.plan.shown])
         write_text(self._path(key, seed), record.model_dump_json())
 
     def _clips_path(self, key: str, seed: int) -> Path:
@@ -205,6 +209,11 @@ class _Comparison:
         sampled = (
             self.sample(row, policy, inputs, trajectory=True) if cached else references.of(row)
         )
+        if not torch.isfinite(sampled.x).all():
+            raise UserError(
+                f"{row.name!r} ({row.policy} on {row.model}, {row.steps} steps) diverged: its "
+                "samples are not finite; change its settings or leave the row out"
+            )
         scores = judge.score(seed, sampled.x, inputs.real.labels)
         errors = error_scores(
             sampled.x,
@@ -286,7 +295,8 @@ class _Comparison:
         """Return the kept clips of every row, real ones last."""
         keys = [*self.rows, REAL_KEY]
         first = self.plan.seeds[0]
-        return {key: load_file(self._clips_path(key, first))["clips"] for key in keys}
+        found = {key: read_clips(self._clips_path(key, first)) for key in keys}
+        return {key: clips for key, clips in found.items() if clips is not None}
 
 
 class _References:

@@ -115,7 +115,8 @@ def sample_row(
                 cached_sample(
                     suite.host(row.model),
                     policy,
-                    noise[part],
+                    # A copy: a policy that keeps its input would else keep all of the noise.
+                    noise[part].clone(),
                     schedule,
                     cond.select(part),
                     trajectory=trajectory,

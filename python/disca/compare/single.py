@@ -49,8 +49,8 @@ def sample_clips(
         raise UserError(f"--out must end in .gif or .mp4, got {out}")
     if out.parent.exists() and not out.parent.is_dir():
         raise UserError(f"cannot write {out}: {out.parent} is not a folder")
-    if seed < 0:
-        raise UserError(f"--seed must be 0 or more, got {seed}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed must be 0 or more and fit 63 bits, got {seed}")
     suite = load_suite(checkpoints, **changes)
     cond = suite.condition(row.model, suite.source.encode(prompts))
     generator = torch.Generator().manual_seed(seed)

@@ -210,8 +210,9 @@ def cached_sample(
         UserError: a bad schedule, a list of full steps that does not fit it, or a policy that
             hooked or skipped nothing though it is there to skip.
     """
+    check_schedule(schedule)
+    policy.reset(host, schedule.tolist())
     x, times = _start(x, schedule)
-    policy.reset(host, times.tolist())
     kept: list[Tensor] = []
     started = _clock(x)
     for index, (t, r) in enumerate(pairwise(times)):
