@@ -180,6 +180,9 @@ def test_pab_refusals():
     refused("pab:interval=2,mlp_times=[0.5]", r"both mlp_times and mlp_blocks, got .*=\[0\.5\]")
     refused("pab:interval=2,mlp_blocks=[0]", r"mlp_times=\[\] and mlp_blocks=\[0\]")
     refused("pab:interval=2,mlp_times=[1],mlp_blocks=[0],mlp_skip=0", "at least 1, got 0")
+    for times in ("[2.0]", "[0.5, -0.1]", "[.nan]"):
+        refused(f"pab:interval=2,mlp_times={times},mlp_blocks=[0]", "mlp_times are times from 0 to")
+    refused("pab:interval=2,window=[.nan,1]", r"0 <= low < high <= 1, got \[nan, 1\.0\]")
     refused("pab:interval=2,mlp_times=[1],mlp_blocks=[2]", "names block 2, .* blocks 0 to 1")
     refused("pab:interval=2,mlp_times=[0.1],mlp_blocks=[0]", "t = 0.1 reaches no step: .*0.333")
     refused("pab:interval=6", "no step can be skipped: of the 1 .* not a multiple of 6", steps=1)
@@ -252,6 +255,8 @@ def test_delta_dit_refusals():
     refused("delta-dit:interval=2,blocks=3", "between 1 and 2, the number of blocks .* got 3")
     refused("delta-dit:interval=2,blocks=0", "between 1 and 2, the number of blocks .* got 0")
     refused("delta-dit:interval=2,boundary=7", "between 0 and 6, the number of steps, got 7")
+    bare = TableHost()
+    refused("delta-dit:interval=2", "the host has no blocks; .* such as 'easycache'", host=bare)
     refused("delta-dit:interval=2", "the first 1 steps are full and the run has 1", steps=1)
 
 
@@ -297,6 +302,9 @@ def test_deepcache_refusals():
     refused("deepcache:interval=2,first=0", "at least the first step is full, got first=0")
     refused("deepcache:interval=2,computed=0", "got computed=0; the policy .* is 'reuse'")
     refused("deepcache:interval=2,computed=2", "computed=2 of 2 blocks .* between 1 and 1")
+    one, bare = flat_host(1), TableHost()
+    refused("deepcache:interval=2", "has 1 block in all; .* such as 'reuse'", host=one)
+    refused("deepcache:interval=2", "the host has no blocks; .* such as 'easycache'", host=bare)
     refused("deepcache:interval=2,final=-1", "at least 0, got -1")
     refused("deepcache:interval=2,first=4,final=2", "first 4 and the last 2 of 6 steps are full")
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -199,6 +201,13 @@ def test_teacache_published_coefficients():
         ("teacache:threshold=0,coefficients=[1]", r"never below a threshold of 0.* above 0"),
         ("teacache:threshold=0.1,coefficients=[]", "coefficients is an empty list"),
         ("teacache:threshold=0.1,coefficients=hunyuan", r"no coefficients 'hunyuan'; .*calibrated"),
+        ("teacache:threshold=.nan,coefficients=[1]", "never below a threshold of nan"),
+        ("teacache:threshold=0.1,coefficients=[1, .nan]", r"are finite .* got \[1.0, nan\]"),
+        ("teacache:threshold=0.1,coefficients=[.inf]", r"are finite .* got \[inf\]"),
+        ("magcache:threshold=.nan,ratios=[1]", r"skips nothing with threshold nan and max_skip 4"),
+        ("magcache:threshold=1,retention=.nan,ratios=[1]", r"from 0 to below 1, got nan"),
+        ("magcache:threshold=1,ratios=[1, .nan]", r"numbers above 0, got \[1.0, nan\]"),
+        ("magcache:threshold=1,ratios=[.inf]", r"numbers above 0, got \[inf\]"),
         ("magcache:threshold=0,ratios=[1]", r"skips nothing with threshold 0 and max_skip 4"),
         ("magcache:threshold=1,max_skip=0,ratios=[1]", r"threshold 1 and max_skip 0"),
         ("magcache:threshold=1,retention=1,ratios=[1]", r"from 0 to below 1, got 1"),
@@ -358,3 +367,33 @@ def test_a_calibration_has_to_fit_the_run(name):
         next(host.parameters()).add_(1)
     with pytest.raises(UserError, match=f"is for weights {fit.host}, the model's are"):
         sample(host, build(fit), x, uniform(6), cond)
+
+
+@pytest.mark.parametrize(
+    ("policy", "missing"),
+    [
+        (TeaCache(9.0), ["coefficients", "range"]),
+        (MagCache(9.0), ["ratios"]),
+        (Icc(2, rank=4), ["values.0.left", "values.1.right"]),
+        (Icc(2, rank=4, statistics="increments"), ["increments.0.left", "increments.1.left"]),
+    ],
+    ids=["teacache", "magcache", "icc", "icc-increments"],
+)
+def test_a_calibration_without_its_tensors_is_refused(policy, missing, tmp_path):
+    """Each tensor left out alone, and then all of them."""
+    host, x, cond = tiny_case(LAYOUTS["1.0-plain"])
+    fit = calibrate(policy.name, host, uniform(6), [(x, cond)], {"model": "cfg"})
+    path = tmp_path / "one.safetensors"
+
+    def refused(tensors, message):
+        replace(fit, tensors=tensors).save(path)
+        policy.calibration = Calibration.load(path)
+        with pytest.raises(UserError, match=message):
+            sample(host, policy, x, uniform(6), cond)
+
+    command = f"'disca calibrate --policy {policy.name} --model cfg --steps 6 --out DIR'"
+    for name in missing:
+        rest = {key: tensor for key, tensor in fit.tensors.items() if key != name}
+        listed = ", ".join(sorted(rest)[:6])
+        refused(rest, rf"lacks the measurement '{name}' \(it has: {listed}\); make .*{command}")
+    refused({}, rf"'{policy.name}': .*lacks .* '{missing[0]}' \(it has: none\); .*{command}")

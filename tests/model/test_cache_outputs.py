@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policies that see only input and output, EasyCache and PrediT, against sums done by hand."""
+"""The policies that see only input and output: EasyCache and PrediT by hand, what CFG refuses."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from torch import Tensor
 
 from disca.cache import build_policy
 from disca.cache.easycache import EasyCache
+from disca.cache.guided import Guided
 from disca.cache.predit import PrediT
 from disca.errors import UserError
+from disca.models import DiT
 from disca.sample import flow_shift_schedule
 from tests.model.cache_hosts import LAYOUTS, RESOURCES, sample, tiny_case, uniform
+from tests.model.tiny import config
 
 
 @dataclass
@@ -229,6 +232,8 @@ def test_dit_by_hand(layout):
         ("easycache:threshold=1,first=0", "at least the first step is computed, got first=0"),
         ("easycache", "needs the setting 'threshold'"),
         ("predit:threshold=0", "'predit': a threshold of 0.0 never skips"),
+        ("predit:threshold=.nan", "'predit': a threshold of nan never skips"),
+        ("predit:threshold=1,corrector=.nan", "corrector is a rate from 0 on, got nan"),
         ("predit:threshold=1,order=3", "order is 1 or 2, got 3"),
         ("predit:threshold=1,longest=0", "longest=0 never skips"),
         ("predit:threshold=1,first=1", "first two steps are always computed, got first=1"),
@@ -251,3 +256,17 @@ def test_bad_settings(spec, message):
 def test_runs_too_short_to_skip(policy, steps, message):
     with pytest.raises(UserError, match=message):
         sample(ScriptedHost({}), policy, ZERO, uniform(steps))
+
+
+def test_guided_refuses_a_model_that_takes_the_scale():
+    policy = Guided(lambda batch: None, guidance=4.0)
+    policy.reset(DiT(config(guidance_embed=False)), [1.0, 0.0])
+    distilled = DiT(config(guidance_embed=True))
+    with pytest.raises(UserError, match=r"already distilled into it; .*'none', .* stage 'teacher'"):
+        policy.reset(distilled, [1.0, 0.0])
+
+
+@pytest.mark.parametrize("guidance", [float("nan"), float("inf")])
+def test_guided_refuses_a_scale_that_is_not_finite(guidance):
+    with pytest.raises(UserError, match=f"guidance is a finite scale such as 4, got {guidance}"):
+        Guided(lambda batch: None, guidance=guidance)

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from math import inf
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from disca.cache.policy import SubLayerPolicy
 from disca.errors import UserError
@@ -51,7 +55,8 @@ class AdaCache(SubLayerPolicy):
     last computed step. Outside the window m is 1.
 
     Args:
-        codebook: a name in :data:`CODEBOOKS`, or changes in increasing order with their steps.
+        codebook: a name in :data:`CODEBOOKS`, or a mapping of changes above 0, in increasing order,
+            to their steps.
         vote: the blocks that are compared; empty for the middle one.
         part: the sub-layer that is compared.
         motion: regularise by motion.
@@ -71,7 +76,7 @@ class AdaCache(SubLayerPolicy):
 
     def __init__(
         self,
-        codebook: str | Mapping[float, int] = "fast30",
+        codebook: Any = "fast30",
         *,
         vote: Sequence[int] = (),
         part: Literal["attention", "mlp"] = "attention",
@@ -84,10 +89,11 @@ class AdaCache(SubLayerPolicy):
     ) -> None:
         self.codebook = _codebook(codebook)
         self.vote, self.part, self.motion = tuple(vote), part, motion
-        if motion_scale <= 0 or motion_power <= 0 or gradient < 0:
+        if not (0 < motion_scale < inf and 0 < motion_power < inf and 0 <= gradient < inf):
             raise UserError(
-                "policy 'adacache': motion_scale and motion_power must be above 0 and gradient at "
-                f"least 0, got {motion_scale:g}, {motion_power:g} and {gradient:g}"
+                "policy 'adacache': motion_scale and motion_power must be above 0, gradient at "
+                f"least 0 and all three finite, got {motion_scale:g}, {motion_power:g} and "
+                f"{gradient:g}"
             )
         if not motion_strides or min(motion_strides) < 1:
             raise UserError(
@@ -197,7 +203,7 @@ class AdaCache(SubLayerPolicy):
             )
 
 
-def _codebook(given: str | Mapping[float, int]) -> tuple[tuple[float, int], ...]:
+def _codebook(given: Any) -> tuple[tuple[float, int], ...]:
     """Return a codebook as pairs of change and steps, checked."""
     if isinstance(given, str):
         if given not in CODEBOOKS:
@@ -206,13 +212,19 @@ def _codebook(given: str | Mapping[float, int]) -> tuple[tuple[float, int], ...]
                 "write one such as codebook={0.1: 4, 0.3: 2, 1.0: 1}"
             )
         given = CODEBOOKS[given]
-    pairs = tuple((float(key), int(steps)) for key, steps in given.items())
+    wrong = UserError(
+        "policy 'adacache': a codebook is one of the names "
+        f"{', '.join(CODEBOOKS)}, or maps changes above 0, in increasing order, to whole numbers "
+        f"of steps from 1 on, such as {{0.1: 4, 0.3: 2, 1.0: 1}}; got {given!r}"
+    )
+    try:
+        pairs = tuple(TypeAdapter(dict[float, int]).validate_python(given).items())
+    except ValidationError:
+        raise wrong from None
     keys = [key for key, _ in pairs]
-    if not pairs or keys != sorted(set(keys)) or min(steps for _, steps in pairs) < 1:
-        raise UserError(
-            "policy 'adacache': a codebook maps changes in increasing order to 1 step or more, got "
-            f"{dict(pairs)}"
-        )
+    rising = all(low < high for low, high in pairwise([0.0, *keys]))
+    if not pairs or not rising or min(steps for _, steps in pairs) < 1:
+        raise wrong
     if max(steps for _, steps in pairs) < 2:
         raise UserError(
             f"policy 'adacache': the codebook {dict(pairs)} computes every step and skips none; "

@@ -47,6 +47,7 @@ FORMAT = 1
 
 _TIME_TOLERANCE = 1e-6
 _SAMPLED = 64
+_LISTED = 6
 
 Batches = Iterable[tuple[Tensor, "Condition"]]
 
@@ -127,6 +128,10 @@ class Calibration:
             reason = f"is for weights {self.host}, the model's are {weights_digest(host)}"
             raise self._misfit(reason, "MODEL", steps)
 
+    def measured(self) -> Mapping[str, Tensor]:
+        """Return the tensors as a mapping whose missing names raise UserError."""
+        return _Measured(self)
+
     def _misfit(self, reason: str, model: str, steps: int) -> UserError:
         return UserError(
             f"policy {self.policy!r}: the calibration {reason}; make one that fits with "
@@ -188,6 +193,23 @@ class Calibration:
         )
 
 
+class _Measured(dict[str, Tensor]):
+    """The tensors of a calibration, which may come from a file that lacks some."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        super().__init__(calibration.tensors)
+        self._calibration = calibration
+
+    def __missing__(self, name: str) -> Tensor:
+        found = self._calibration
+        model = str(found.settings.get("model", "MODEL"))
+        raise UserError(
+            f"policy {found.policy!r}: the calibration lacks the measurement {name!r} (it has: "
+            f"{', '.join(sorted(self)[:_LISTED]) or 'none'}); make it anew with "
+            f"{_command(found.policy, model, found.steps)}"
+        )
+
+
 class CalibratedPolicy(TokenPolicy):
     """Base of the policies that measure the model in uncached runs before they can cache.
 
@@ -236,7 +258,8 @@ class CalibratedPolicy(TokenPolicy):
         """Return the measurements after a check against this run's host and schedule.
 
         Raises:
-            UserError: there is no calibration, or it is another policy's or for another run.
+            UserError: there is no calibration, or it is another policy's or for another run; later,
+                where a measurement that it lacks is looked up.
         """
         found = self.calibration
         if found is None or found.policy != self.name:
@@ -246,7 +269,7 @@ class CalibratedPolicy(TokenPolicy):
                 f"{_command(self.name, 'MODEL', self.steps)}"
             )
         found.check(self.schedule, host=self.host)
-        return found.tensors
+        return found.measured()
 
     def advance(self, step: StepInput) -> StepOutput:
         """Take one step; before the first, check the resolution."""

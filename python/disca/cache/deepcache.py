@@ -32,7 +32,7 @@ class DeepCache(TokenPolicy):
 
     Raises:
         UserError: an interval below 2, or no full step at the start; at reset, no step left to
-            skip, or a number of computed blocks that leaves none to skip.
+            skip, a host of fewer than two blocks, or computed blocks that leave none to skip.
     """
 
     name = "deepcache"
@@ -52,6 +52,16 @@ class DeepCache(TokenPolicy):
     def prepare(self) -> tuple[str, ...]:
         """Find the depth of the cache and check that a step is left to skip."""
         total = len(self.host.blocks)
+        if not total:
+            raise UserError(
+                "policy 'deepcache' runs the last blocks alone, but the host has no blocks; use a "
+                "policy that reads the output, such as 'easycache'"
+            )
+        if total == 1:
+            raise UserError(
+                "policy 'deepcache' runs the last blocks alone, but the host has 1 block in all; "
+                "use a policy that replaces the whole stack, such as 'reuse'"
+            )
         if self.computed >= total:
             raise UserError(
                 f"policy 'deepcache': computed={self.computed} of {total} blocks leaves none to "

@@ -35,8 +35,8 @@ class DeltaDiT(TokenPolicy):
         blocks: N_c, the number of blocks skipped; None for three quarters of the host's.
 
     Raises:
-        UserError: an interval below 2; at reset, a boundary outside the run or more blocks than the
-            host has.
+        UserError: an interval below 2; at reset, a boundary outside the run, or more blocks than
+            the host has, which may have none.
     """
 
     name = "delta-dit"
@@ -52,6 +52,11 @@ class DeltaDiT(TokenPolicy):
         """Fit the group and the boundary to host and run."""
         self.interval.check(self.steps)
         total = len(self.host.blocks)
+        if not total:
+            raise UserError(
+                "policy 'delta-dit' replaces blocks, but the host has no blocks; use a policy that "
+                "reads the output, such as 'easycache'"
+            )
         self._count = max(1, 3 * total // 4) if self.blocks is None else self.blocks
         if not 1 <= self._count <= total:
             raise UserError(

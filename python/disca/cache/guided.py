@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from disca.cache.none import NoCache
+from disca.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,11 +29,16 @@ class Guided(NoCache):
     Args:
         null: returns the empty condition of a batch size.
         guidance: the scale; 1 is the plain conditional velocity.
+
+    Raises:
+        UserError: a scale that is not finite; at reset, a host with a guidance input.
     """
 
     name = "cfg"
 
     def __init__(self, null: Callable[[int], Condition], guidance: float) -> None:
+        if not isfinite(guidance):
+            raise UserError(f"policy 'cfg': guidance is a finite scale such as 4, got {guidance:g}")
         self.null = null
         self.guidance = guidance
 
@@ -39,6 +46,17 @@ class Guided(NoCache):
     def from_settings(cls, resources: Resources, **settings: Any) -> Guided:
         """Build the policy with the comparison's empty prompt and guidance."""
         return cls(**{"null": resources.null, "guidance": resources.guidance, **settings})
+
+    def prepare(self) -> tuple[str, ...]:
+        """Refuse a host that takes the scale as an input: it is guided in one pass."""
+        # Hosts have no flag for it; those with a configuration such as DiT's say it there.
+        if getattr(getattr(self.host, "config", None), "guidance_embed", False):
+            raise UserError(
+                "policy 'cfg' guides a model by two passes a step, but this one takes the guidance "
+                "scale as an input: CFG is already distilled into it; use the policy 'none', or "
+                "'cfg' with a model without that input, such as the stage 'teacher'"
+            )
+        return super().prepare()
 
     def evaluate(self, step: StepInput) -> Tensor:
         """Return the guided velocity [B, C, F, H, W]."""

@@ -135,7 +135,7 @@ class Icc(CalibratedPolicy):
                 tensors[f"{self.statistics}.{number}.left"].to(like),
                 tensors[f"{self.statistics}.{number}.right"].to(like),
             )
-            for number in range(_count(tensors))
+            for number in range(max(1, _count(tensors, self.statistics)))
         ]
         if all(left.shape[1] < self.rank for left, _ in whole):
             widest = max(left.shape[1] for left, _ in whole)
@@ -244,7 +244,7 @@ class Icc(CalibratedPolicy):
     @classmethod
     def summary(cls, tensors: Mapping[str, Tensor]) -> list[str]:
         """Say how much of the weighted matrices each rank keeps."""
-        count = _count(tensors)
+        count = _count(tensors, "values")
         lines = [f"{count} linear layers of tokens"]
         for statistics in get_args(Statistics):
             shares = [tensors[f"{statistics}.{number}.share"] for number in range(count)]
@@ -315,5 +315,7 @@ def _scales(sizes: Tensor) -> Tensor:
     return (roots / roots.amax()).clamp(min=1 / _RATIO)
 
 
-def _count(tensors: Mapping[str, Tensor]) -> int:
-    return sum(name.startswith("values.") and name.endswith(".left") for name in tensors)
+def _count(tensors: Mapping[str, Tensor], statistics: Statistics) -> int:
+    """Return how many layers a calibration speaks of."""
+    names = (name.split(".") for name in tensors)
+    return len({name[1] for name in names if name[0] == statistics and len(name) == 3})

@@ -56,7 +56,7 @@ class MagCache(CalibratedPolicy):
         ratios: str | Sequence[float] = CALIBRATED,
         calibration: Calibration | None = None,
     ) -> None:
-        if threshold <= 0 or max_skip < 1:
+        if not threshold > 0 or max_skip < 1:
             raise UserError(
                 "policy 'magcache' skips nothing with threshold "
                 f"{threshold:g} and max_skip {max_skip}; use a threshold above 0, such as 0.12, "

@@ -37,9 +37,10 @@ class PyramidAttentionBroadcast(SubLayerPolicy):
         mlp_skip: steps that one MLP broadcast reaches.
 
     Raises:
-        UserError: an interval below 2, a window that is not 0 <= low < high <= 1, or half of the
-            settings of an MLP broadcast; at reset, a window without a step to skip, a block that
-            the host lacks, or a broadcast that reaches no step.
+        UserError: an interval below 2, a window that is not 0 <= low < high <= 1, half of the
+            settings of an MLP broadcast, or a time of one outside [0, 1]; at reset, a window
+            without a step to skip, a block that the host lacks, or a broadcast that reaches no
+            step.
     """
 
     name = "pab"
@@ -65,6 +66,11 @@ class PyramidAttentionBroadcast(SubLayerPolicy):
             raise UserError(
                 "policy 'pab': a broadcast of MLPs needs both mlp_times and mlp_blocks, got "
                 f"mlp_times={list(mlp_times)} and mlp_blocks={list(mlp_blocks)}"
+            )
+        if not all(0 <= time <= 1 for time in mlp_times):
+            raise UserError(
+                f"policy 'pab': mlp_times are times from 0 to 1, got {list(mlp_times)}; the "
+                "paper's 800 of 1000 is 0.8"
             )
         if mlp_skip < 1:
             raise UserError(f"policy 'pab': mlp_skip must be at least 1, got {mlp_skip}")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,7 +72,8 @@ class TeaCache(CalibratedPolicy):
         calibration: the fit, for ``"calibrated"``.
 
     Raises:
-        UserError: a threshold that is not above 0, no coefficients, or an unknown name.
+        UserError: a threshold that is not above 0, no coefficients, one that is not finite, or an
+            unknown name.
     """
 
     name = "teacache"
@@ -84,7 +86,7 @@ class TeaCache(CalibratedPolicy):
         coefficients: str | Sequence[float] = CALIBRATED,
         calibration: Calibration | None = None,
     ) -> None:
-        if threshold <= 0:
+        if not threshold > 0:
             raise UserError(
                 f"policy 'teacache': the distance is never below a threshold of {threshold}, so "
                 "nothing is skipped; use a number above 0, such as 0.15"
@@ -93,6 +95,11 @@ class TeaCache(CalibratedPolicy):
             raise UserError(
                 "policy 'teacache': coefficients is an empty list; give those of a polynomial, "
                 "highest power first, 'calibrated' or the name of a published set"
+            )
+        if not isinstance(coefficients, str) and not all(map(isfinite, coefficients)):
+            raise UserError(
+                "policy 'teacache': coefficients are finite numbers, highest power first, got "
+                f"{list(coefficients)}"
             )
         known = [CALIBRATED, *PUBLISHED]
         if isinstance(coefficients, str) and coefficients not in known:
