@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from disca.cli import main
-from disca.compare.charts import PANELS, error_chart, marks, panel_chart
+from disca.compare.charts import PANELS, _plain_ticks, error_chart, marks, panel_chart
 from disca.compare.report import render_report, write_report
-from disca.compare.results import Spread, Timing
+from disca.compare.results import SeedScores, Spread, Timing, summarise
 from disca.errors import UserError
 from tests.model.comparisons import (
     FRAMES,
@@ -220,6 +220,60 @@ def test_the_speed_axis_has_readable_ticks():
     assert {"1", "2", "5", "10"} <= set(comments)
 
 
+def error_rows(*errors):
+    """A cached row of a single seed for each error."""
+    rows = []
+    for i, error in enumerate(errors):
+        scores = [SeedScores(seed=0, error_uncached_median=error)]
+        rows.append(cached_row(str(i)).model_copy(update={"summary": summarise(scores)}))
+    return rows
+
+
+def heights(svg):
+    """The numbers on the axis of values, which matplotlib names ytick and writes as comments."""
+    return [float(text) for text in re.findall(r'"ytick_\d+".*?<!-- ([^ ]+) -->', svg, re.DOTALL)]
+
+
+@pytest.mark.parametrize(
+    "errors",
+    [[0.03], [0.15], [0.15, 0.15], [0.105, 0.1051], [0.995, 1.02], [0.2, 0.205, 0.206]],
+)
+def test_errors_close_together_are_drawn(errors):
+    """Limits a factor of 1.3 apart have at least two numbers, and the points between them."""
+    rows = error_rows(*errors)
+    svg = panel_chart(ERROR, rows, styles_of(rows))
+    assert {f"point-{i + 1}" for i in range(len(errors))} <= ids(svg)
+    assert len(heights(svg)) >= 2
+    assert "10^" not in svg
+    assert max(heights(svg)) / min(heights(svg)) < 100
+
+
+def test_zero_errors_are_left_out_beside_others():
+    rows = error_rows(0.0, 0.105, 0.0)
+    found = ids(panel_chart(ERROR, rows, styles_of(rows)))
+    assert {"point-1", "point-2", "point-3"} & found == {"point-2"}
+    rows = error_rows(0.0, 0.0)
+    assert panel_chart(ERROR, rows, styles_of(rows)) is None
+    lines = [cached_row("a", error_per_step=[0.0, 0.105, 0.1051])]
+    assert "errors-1" in ids(error_chart(lines, styles_of(lines)))
+
+
+def test_limits_without_a_plain_number_keep_the_ticks_they_had():
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    axis.set_yscale("log")
+    before = list(axis.get_yticks())
+    _plain_ticks(axis.yaxis, (1.01, 1.02))
+    assert list(axis.get_yticks()) == before
+
+
+def test_squares_are_the_rows_without_a_cache():
+    """The model in two passes, `cfg`, runs the whole network in every step and holds nothing."""
+    rows = [make_row("a"), make_row("b", policy="cfg", spec="cfg"), cached_row("c")]
+    assert [mark.shape for mark in styles_of(rows)] == ["s", "s", "o"]
+
+
 def test_the_same_results_make_the_same_page(page):
     results = make_results()
     assert render_report(results, make_clips(results)) == page
@@ -232,6 +286,80 @@ def test_the_command(tmp_path, capsys):
     assert exit_info.value.code == 0
     assert capsys.readouterr().out.strip() == f"wrote {tmp_path / 'report.html'}"
     assert (tmp_path / "report.html").read_text(encoding="utf-8").endswith("</html>")
+
+
+def without(content, *path):
+    """A copy of nested content without one field."""
+    copy = json.loads(json.dumps(content))
+    inner = copy
+    for name in path[:-1]:
+        inner = inner[name]
+    del inner[path[-1]]
+    return copy
+
+
+PREDICTOR = {
+    "host": "cfg", "parameters": 5, "parameter_share": 0.1, "time_share": 0.1, "flop_share": 0.1,
+}  # fmt: skip
+PATHS = {"stage": "cfg", "steps": 10, "detour": 0.1, "turning": 0.1, "straightness": 0.1}
+
+
+def full_results():
+    """Results with every entry that the notes know."""
+    models = make_results().models
+    return make_results(models=models | {"predictors": {"small": PREDICTOR}, "paths": PATHS})
+
+
+def read_fields():
+    content = full_results().model_dump(mode="json")
+    for part in ("machine", "settings"):
+        yield from ((part, name) for name in content[part] if name != "prompts")
+    yield from (("models", "hosts"), ("models", "predictors"))
+    yield from (("models", "hosts", "cfg", name) for name in content["models"]["hosts"]["cfg"])
+    yield from (("models", "predictors", "small", name) for name in PREDICTOR)
+    yield from (("models", "paths", name) for name in PATHS)
+
+
+@pytest.mark.parametrize("path", list(read_fields()), ids=".".join)
+def test_results_without_a_field_that_the_notes_read(tmp_path, capsys, path):
+    write_comparison(tmp_path, full_results())
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(without(json.loads(file.read_text()), *path)))
+    with pytest.raises(SystemExit) as exit_info:
+        main(["report", str(tmp_path)])
+    assert exit_info.value.code not in (0, None)
+    expected = f"{file} is damaged at {'.'.join(path)}: Field required; run 'disca compare' again"
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("part", ["machine", "settings", "models"])
+def test_results_whose_settings_are_empty(tmp_path, part):
+    write_comparison(tmp_path)
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {part: {}}))
+    with pytest.raises(
+        UserError, match=rf"results\.json is damaged at {part}\.\w+: Field required"
+    ):
+        write_report(tmp_path)
+
+
+def test_results_with_a_field_of_another_type(tmp_path):
+    results = make_results(settings={**make_results().settings, "guidance": "four"})
+    write_comparison(tmp_path, results)
+    with pytest.raises(UserError, match=r"damaged at settings\.guidance: Input should be a valid"):
+        write_report(tmp_path)
+
+
+def test_what_the_notes_can_do_without(tmp_path):
+    """Prompts and paths may be missing or null, and what is not known is kept."""
+    results = make_results()
+    settings = {name: value for name, value in results.settings.items() if name != "prompts"}
+    models = results.models | {"paths": None, "more": 1}
+    write_comparison(tmp_path, make_results(settings=settings, models=models))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "FORA, 3: clip 1" in page
+    assert "<dt>more</dt><dd>1</dd>" in page
 
 
 def test_what_is_refused(tmp_path):

@@ -149,6 +149,35 @@ def test_what_is_refused(tmp_path):
         export_comparison(tmp_path, tmp_path / "out")
 
 
+@pytest.mark.parametrize("fps", [0.0, -8.0, float("nan"), float("inf"), 1e12, 1e-4])
+def test_a_bad_speed_leaves_no_folder(tmp_path, fps):
+    with pytest.raises(UserError, match=r"fps must be from 0\.001 to 1000 frames a second, got"):
+        export_clips(clips(1), ["a dog"], tmp_path / "out", fps=fps)
+    assert not (tmp_path / "out").exists()
+
+
+def test_clips_that_are_no_videos_leave_no_folder(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="scale must be at least 1, got 0"):
+        export_clips(clips(1), ["a dog"], out, scale=0)
+    # 8 pixels 2049 times as large are 16392, more than H.264's 16384
+    with pytest.raises(UserError, match="would be 16392 pixels large at scale 2049"):
+        export_clips(clips(1), ["a dog"], out, scale=2049)
+    second = torch.full((1, 3, FRAMES, SIZE, SIZE), float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        export_clips(clips(1) | {"broken": second}, ["a dog"], out)
+    assert not out.exists()
+
+
+def test_another_number_of_clips_than_prompts(tmp_path):
+    results = make_results()
+    three = {row.key: torch.zeros(3, 1, FRAMES, SIZE, SIZE) for row in results.rows}
+    write_comparison(tmp_path / "run", results, three)
+    with pytest.raises(UserError, match="'cfg-10' has 3 clips for 2 prompts"):
+        export_comparison(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_method_is_scored_on_videos_of_another(tmp_path):
     both = {"a/b": clips(1)["disca"], "a:b": clips(1)["disca"]}
     with pytest.raises(UserError, match="'a/b' and another method would both be 'a_b'"):
@@ -166,3 +195,9 @@ def test_the_command(tmp_path, capsys):
     assert exit_info.value.code == 0
     assert "2 videos of each of 5 methods" in capsys.readouterr().out
     assert (tmp_path / "out/evaluate.sh").is_file()
+    other = tmp_path / "other"
+    with pytest.raises(SystemExit) as exit_info:
+        main(["export-vbench", str(tmp_path / "run"), "--out", str(other), "--fps", "-1"])
+    assert exit_info.value.code not in (0, None)
+    assert "fps must be from 0.001 to 1000 frames a second, got -1" in capsys.readouterr().err
+    assert not other.exists()

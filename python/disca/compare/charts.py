@@ -19,6 +19,7 @@ __all__ = ["PANELS", "Mark", "Panel", "error_chart", "marks", "panel_chart"]
 
 _INK, _FAINT = "#111827", "#6b7280"
 _UNCACHED = "#374151"
+_NO_CACHE = ("none", "cfg")  # the policies that run the whole network in every step
 _COLOURS = (
     "#2563eb",
     "#dc2626",
@@ -137,7 +138,7 @@ def marks(groups: dict[str, list[Row]]) -> dict[str, list[Mark]]:
                 _COLOURS[models.index(row.model) % len(_COLOURS)]
                 if single
                 else policies.get(row.policy, _UNCACHED),
-                "s" if row.policy == "none" else "o",
+                "s" if row.policy in _NO_CACHE else "o",
             )
             for number, row in enumerate(rows, start=1)
         ]
@@ -184,8 +185,8 @@ def panel_chart(
         if panel.diagonal:
             low, high = axis.get_xlim()
             axis.plot([low, high], [low, high], color=_FAINT, linestyle=":", scalex=False)
-        if axis.get_yscale() == "log" and axis.get_ylim()[1] < 100 * axis.get_ylim()[0]:
-            _plain_ticks(axis.yaxis, axis.get_ylim())
+        if axis.get_yscale() == "log":
+            _heights(axis)
         axis.set_xlabel("measured speed-up")
         axis.set_ylabel(panel.axis)
         places = [(row.speedup.median, v) for (row, _, _), v in zip(points, values, strict=True)]
@@ -293,6 +294,16 @@ def _limits(axis: Axes, speeds: Sequence[float]) -> None:
     _plain_ticks(axis.xaxis, (low, high))
 
 
+def _heights(axis: Axes) -> None:
+    """Give a logarithmic axis limits a factor of 1.3 apart or more, and readable ticks."""
+    low, high = axis.get_ylim()
+    room = math.sqrt(max(1.0, 1.3 * low / high))
+    low, high = low / room, high * room
+    axis.set_ylim(low, high)
+    if high < 100 * low:
+        _plain_ticks(axis.yaxis, (low, high))
+
+
 def _plain_ticks(axis: Any, limits: tuple[float, float]) -> None:
     """Set ticks of a logarithmic axis that read 1, 2, 5 and not powers of ten."""
     low, high = limits
@@ -301,6 +312,8 @@ def _plain_ticks(axis: Any, limits: tuple[float, float]) -> None:
         ticks = [s * 10.0**e for e in exponents for s in steps if low <= s * 10.0**e <= high]
         if len(ticks) >= 3:
             break
+    if not ticks:
+        return
     ticks = ticks[:: math.ceil(len(ticks) / 6)]
     axis.set_ticks(ticks, [f"{tick:.3g}" for tick in ticks])
     axis.set_ticks([], minor=True)

@@ -205,6 +205,62 @@ class Results(_Record):
         return groups
 
 
+class _Read(BaseModel):
+    """Part of what the notes and the report read of an open field; the rest of it is free."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Host(_Read):
+    parameters: int
+    flops: float
+
+
+class _Predictor(_Read):
+    host: str
+    parameters: int
+    parameter_share: float
+    time_share: float
+    flop_share: float
+
+
+class _Paths(_Read):
+    stage: str
+    steps: int
+    detour: float
+    turning: float
+    straightness: float
+
+
+class _Models(_Read):
+    hosts: dict[str, _Host]
+    predictors: dict[str, _Predictor]
+    paths: _Paths | None = None
+
+
+class _Machine(_Read):
+    processor: str
+    torch_threads: int
+
+
+class _Settings(_Read):
+    seeds: list[int]
+    clips: int
+    batch: int
+    repeats: int
+    timing_batch: int
+    guidance: float
+    shift: float
+    target: str
+    prompts: list[str] | None = None
+
+
+class _OpenFields(_Read):
+    machine: _Machine
+    settings: _Settings
+    models: _Models
+
+
 def load_results(folder: Path) -> Results:
     """Read the results of a comparison.
 
@@ -212,7 +268,8 @@ def load_results(folder: Path) -> Results:
         folder: the folder that ``disca compare --out`` wrote.
 
     Raises:
-        UserError: no results in it, another schema, or a damaged file.
+        UserError: no results in it, another schema, a damaged file, or one whose settings, models
+            or machine lack a field that the notes and the report read.
     """
     path = folder / RESULTS_FILE
     if not path.is_file():
@@ -231,11 +288,16 @@ def load_results(folder: Path) -> Results:
             "'disca compare' again to make it anew"
         )
     try:
-        return Results.model_validate(content)
+        results = Results.model_validate(content)
+        _OpenFields.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} is damaged at {where}: {first['msg']}") from error
+        raise UserError(
+            f"{path} is damaged at {where}: {first['msg']}; run 'disca compare' again to make it "
+            "anew"
+        ) from error
+    return results
 
 
 def summarise(scores: Iterable[SeedScores]) -> dict[str, Spread]:

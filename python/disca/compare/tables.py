@@ -95,8 +95,7 @@ def notes(results: Results) -> list[str]:
             f"{100 * entry['time_share']:.1f} % of a full step's time (fastest of each) and "
             f"{100 * entry['flop_share']:.1f} % of its operations."
         )
-    if "paths" in models:
-        paths = models["paths"]
+    if (paths := models.get("paths")) is not None:
         lines.append(
             f"Paths of {paths['stage']} in {paths['steps']} steps (0 is straight): "
             f"detour {paths['detour']:.3f}, turning {paths['turning']:.4f}, "

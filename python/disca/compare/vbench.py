@@ -17,7 +17,7 @@ from torch import Tensor
 from disca.compare.clips import load_clips
 from disca.compare.files import output_folder, write_text
 from disca.compare.results import load_results
-from disca.data.io import write_clip
+from disca.data.io import to_frames, write_clip
 from disca.errors import UserError
 
 __all__ = ["CUSTOM_DIMENSIONS", "Export", "export_clips", "export_comparison"]
@@ -40,6 +40,11 @@ _FLICKERING = "temporal_flickering"
 # The longest name that common file systems take, 255 bytes, less "-NN.mp4" and what a file that is
 # being written has around its name.
 _LONGEST = 230
+
+
+# What H.264 takes: sides in pixels, and speeds that a fraction of denominator 1000 can be.
+_LARGEST_SIDE = 16384
+_SPEEDS = (0.001, 1000.0)
 
 
 @dataclass(frozen=True)
@@ -122,16 +127,17 @@ def export_clips(
         prompts: the n prompts; several clips may share one.
         out: the folder; it is made if it is not there.
         full_info: VBench's ``VBench_full_info.json``.
-        fps: frames per second of the videos; VBench's own are written with 8.
+        fps: frames per second of the videos, 0.001 to 1000; VBench's own are written with 8.
         scale: enlargement in whole pixels, for clips smaller than VBench's networks take.
 
     Returns:
         What was written.
 
     Raises:
-        UserError: no clips, another number of prompts than clips, a prompt that VBench does not
-            have, a damaged ``full_info``, videos of something else in the folder, or a folder that
-            cannot be written.
+        UserError: no clips, another number of prompts than clips, clips, a speed or a scale that no
+            video can have, a prompt that VBench does not have, a damaged ``full_info``, videos of
+            something else in the folder, or a folder that cannot be written. All of this but a disk
+            that fills up is found before anything is written.
     """
     for method, several in clips.items():
         if len(several) != len(prompts):
@@ -141,6 +147,7 @@ def export_clips(
             )
     if not clips or not prompts:
         raise UserError("there are no clips to export; run 'disca compare' to make some")
+    _check_videos(clips, fps, scale)
     suite = None if full_info is None else _load_suite(full_info)
     info = _info(prompts, suite)
     names = _names(prompts, exact=suite is not None)
@@ -204,6 +211,24 @@ def _names(prompts: Sequence[str], *, exact: bool) -> list[str]:
         names.append(f"{stem}-{seen[stem]}.mp4")
         seen[stem] += 1
     return names
+
+
+def _check_videos(clips: Mapping[str, Tensor], fps: float, scale: int) -> None:
+    """Raise UserError where a clip cannot be written as a video of this speed and scale."""
+    slowest, fastest = _SPEEDS
+    if not slowest <= fps <= fastest:
+        raise UserError(f"fps must be from {slowest:g} to {fastest:g} frames a second, got {fps:g}")
+    if scale < 1:
+        raise UserError(f"scale must be at least 1, got {scale}")
+    for method, several in clips.items():
+        for clip in several:
+            to_frames(clip)
+        side = scale * max(several.shape[-2:])
+        if side > _LARGEST_SIDE:
+            raise UserError(
+                f"clips of {method!r} would be {side} pixels large at scale {scale}; a video takes "
+                f"{_LARGEST_SIDE}"
+            )
 
 
 def _check_folders(folders: Mapping[str, Path], names: Sequence[str]) -> None:
