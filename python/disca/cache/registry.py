@@ -115,7 +115,9 @@ def build_policy(
         try:
             settings[key] = TypeAdapter(accepted[key]).validate_python(value)
         except ValidationError as error:
-            reason = error.errors(include_url=False)[0]["msg"]
+            # One for each type that would do.
+            reasons = dict.fromkeys(found["msg"] for found in error.errors(include_url=False))
+            reason = "; or: ".join(reasons)
             raise UserError(f"policy {name!r}, setting {key!r}: {reason}, got {value!r}") from error
     try:
         return cls.from_settings(resources, **settings)
