@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from disca.cache.calibration import CALIBRATED, CalibratedPolicy, observe
+from disca.cache.calibration import CALIBRATED, observe
+from disca.cache.residual import ResidualPolicy
 from disca.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["MagCache"]
 
 
-class MagCache(CalibratedPolicy):
+class MagCache(ResidualPolicy):
     """Skips the blocks by a list of ratios measured once (MagCache, arXiv 2506.09045).
 
     With ``residual_i`` what the blocks add to the video tokens at step i, calibration measures
@@ -103,16 +104,6 @@ class MagCache(CalibratedPolicy):
     def computes(self, step: StepInput, state: State) -> bool:
         """Compute at the steps decided before the run."""
         return step.index in self.full
-
-    def compute(self, step: StepInput, state: State) -> State:
-        """Run the blocks and keep what they add to the video tokens."""
-        after = self.host.run(state)
-        self.store["residual"] = after.video - state.video
-        return after
-
-    def skip(self, step: StepInput, state: State) -> State:
-        """Add the kept residual to the video tokens; the text tokens stay, the head reads none."""
-        return state.with_streams(state.video + self.store["residual"], state.text)
 
     def _plan(self, ratios: Sequence[float]) -> frozenset[int]:
         """Return the steps that are computed."""

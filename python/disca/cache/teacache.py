@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from disca.cache.calibration import CALIBRATED, CalibratedPolicy, observe
+from disca.cache.calibration import CALIBRATED, observe
+from disca.cache.residual import ResidualPolicy
 from disca.data.source import closest
 from disca.errors import UserError
 from disca.models.host import ModulatedBlock
@@ -53,7 +54,7 @@ that carries over.
 _DEGREE = 4
 
 
-class TeaCache(CalibratedPolicy):
+class TeaCache(ResidualPolicy):
     """Skips the blocks while the rescaled change of their input adds up to little.
 
     With m the modulated input of the first block (video tokens), a step's change is
@@ -153,16 +154,6 @@ class TeaCache(CalibratedPolicy):
                 return False
         self._distance = 0.0
         return True
-
-    def compute(self, step: StepInput, state: State) -> State:
-        """Run the blocks and keep what they add to the video tokens."""
-        after = self.host.run(state)
-        self.store["residual"] = after.video - state.video
-        return after
-
-    def skip(self, step: StepInput, state: State) -> State:
-        """Add the kept residual to the video tokens; the text tokens stay, the head reads none."""
-        return state.with_streams(state.video + self.store["residual"], state.text)
 
     @classmethod
     def fit(cls, host: Host, schedule: Sequence[float], batches: Batches) -> dict[str, Tensor]:
