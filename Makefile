@@ -9,7 +9,8 @@ PYTHON ?= $(or $(shell for p in python3 python3.12 python3.11 python3.13 python3
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; \
 	done),python3)
 BUILD_TOOLS := setuptools wheel pybind11 cmake ninja
-# Two workers, because the suite is written for two cores.
+# Two workers, because the suite is written for two cores. A file's tests run in one of them, so that
+# what they share (a wheel, a compiled emulator, a trained run) is made once.
 TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
 
@@ -32,7 +33,7 @@ demo: install
 	$(BIN)/disca compare --preset demo --out demo-results
 
 test: install
-	OMP_NUM_THREADS=1 $(PYTEST) -n $(TEST_WORKERS) --dist loadgroup $(TESTS)
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(TEST_WORKERS) --dist loadfile $(TESTS)
 
 lint: install
 	$(BIN)/ruff check .

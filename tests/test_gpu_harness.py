@@ -18,8 +18,6 @@ from disca_kernels.backend import IMPLEMENTATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 
-pytestmark = pytest.mark.xdist_group("gpu_harness")
-
 RIVALS = """
 import os, time
 import torch

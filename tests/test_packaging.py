@@ -18,8 +18,7 @@ _INPUTS = ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md
 _FOLDERS = ("csrc", "disca_kernels", "python")
 _NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
-# One group: the wheel is built once, whatever the number of workers.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

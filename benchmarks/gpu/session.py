@@ -243,7 +243,7 @@ class Session:
         command += ["-o", f"pythonpath={import_path}", "-o", "addopts=--import-mode=importlib"]
         workers = min(8, (os.cpu_count() or 1) - 1)
         if workers > 1 and not self.settings.dry and importlib.util.find_spec("xdist"):
-            command += ["-n", str(workers), "--dist", "loadgroup"]
+            command += ["-n", str(workers), "--dist", "loadfile"]
         reason = self._place.run([*command, *arguments], self._limit(_TESTS_LIMIT))
         found = counts(events)
         self.record["tests"].append({"name": name, **found})

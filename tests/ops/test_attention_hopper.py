@@ -30,8 +30,6 @@ from tests.emulation.emulator import (
 
 F16, BF16 = torch.float16, torch.bfloat16
 FULL = (True, True, True)
-# One group: each worker of a parallel run would compile the library again.
-pytestmark = pytest.mark.xdist_group("attention_hopper")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
